@@ -1,0 +1,90 @@
+"""Eckart finds low-dimensional structure in neural networks and uses it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from eckart import hooks as _hooks
+from eckart.errors import (
+    BudgetError,
+    EckartError,
+    EckartWarning,
+    FileError,
+    InputError,
+    MismatchError,
+    NotFiniteError,
+)
+from eckart.records import Budget, Claim, Evaluation, Outcome, Paper, Rank, Site, Size
+
+if TYPE_CHECKING:
+    from eckart.moments import Moments
+    from eckart.planning import Plan
+    from eckart.verbs.calibrate import calibrate
+    from eckart.verbs.claims import claims
+    from eckart.verbs.compress import compress
+    from eckart.verbs.demo import demo
+    from eckart.verbs.doctor import doctor
+    from eckart.verbs.evaluate import evaluate
+    from eckart.verbs.export import export
+    from eckart.verbs.load import load
+    from eckart.verbs.methods import methods
+    from eckart.verbs.plan import plan
+    from eckart.verbs.preview import preview
+    from eckart.verbs.save import save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Claim",
+    "EckartError",
+    "EckartWarning",
+    "Evaluation",
+    "FileError",
+    "InputError",
+    "MismatchError",
+    "Moments",
+    "NotFiniteError",
+    "Outcome",
+    "Paper",
+    "Plan",
+    "Rank",
+    "Site",
+    "Size",
+    "calibrate",
+    "claims",
+    "compress",
+    "demo",
+    "doctor",
+    "evaluate",
+    "export",
+    "load",
+    "methods",
+    "plan",
+    "preview",
+    "save",
+]
+
+# Names whose modules import torch: fetched when first used, so that `import eckart` costs milliseconds.
+_VERBS = "calibrate claims compress demo doctor evaluate export load methods plan preview save"
+_LAZY = {verb: f"eckart.verbs.{verb}" for verb in _VERBS.split()} | {
+    "Moments": "eckart.moments",
+    "Plan": "eckart.planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'eckart' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_hooks.install()

@@ -1,0 +1,121 @@
+"""Every site of a model, decomposed by one method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eckart.arch import site_matrices
+from eckart.compression import CompressMethod, Prepared
+from eckart.errors import InputError, problems
+from eckart.moments import Moments, SiteMoments
+from eckart.records import Progress, Site, silent
+
+Half = Literal["A", "B"]
+
+
+@dataclass(frozen=True)
+class PreparedSite:
+    """The decompositions of one site, one per slice, and their joint error curve."""
+
+    site: Site
+    slices: tuple[Prepared, ...]
+    errors: Tensor
+    """(full_rank + 1,): the objective summed over the slices, at rank 0 … full."""
+    loss_scale: float
+    """What turns ``errors`` into a predicted rise of the loss; 1 where the method has no such unit."""
+
+
+def misfits(sites: Sequence[Site], method: CompressMethod) -> list[str]:
+    """The reasons why a method cannot take some of the sites."""
+    return [f"{site.name}: {why}" for site in sites if (why := method.fits(site)) is not None]
+
+
+def site_moments(moments: Moments | None, site: Site, index: int, half: Half | None = None) -> SiteMoments | None:
+    """The moments of one slice, or None where there are none at all."""
+    return None if moments is None else moments.site(site.name, slice=index, half=half)
+
+
+def check_needs(sites: Sequence[Site], moments: Moments | None, method: CompressMethod) -> None:
+    """Raise InputError with every moment that the method uses and the calibration did not collect."""
+    if not method.needs:
+        return
+    if moments is None:
+        needs = ", ".join(sorted(method.needs))
+        raise InputError(
+            f"method {method.name!r} needs moments ({needs}); none were given. "
+            "Give calibration data (--data) or a moments file (--moments)."
+        )
+    names = set(moments.names())
+    missing = [site.name for site in sites if site.name not in names]
+    if missing:
+        raise InputError(
+            problems(
+                "the moments lack sites that are to be compressed; calibrate again with the same selection",
+                missing,
+            )
+        )
+    if method.loss_units and moments.site(sites[0].name).gradient_scale is None:
+        raise InputError(
+            f"method {method.name!r} weighs errors by output gradients, and these moments were collected without "
+            "a backward pass. Calibrate with gradients='full' (or 'scale'), or take method 'whitened', "
+            "whose ranks are uniform."
+        )
+
+
+def prepare_site(
+    model: nn.Module,
+    site: Site,
+    moments: Moments | None,
+    method: CompressMethod,
+    options: Any,
+    half: Half | None = None,
+) -> PreparedSite:
+    """Decompose one site. Cost: what the method's docstring says, once per slice."""
+    slices = []
+    scale = 1.0
+    for index, weights in enumerate(site_matrices(model, site)):
+        known = site_moments(moments, site, index, half)
+        if known is not None and method.loss_units:
+            scale = known.loss_scale
+        slices.append(method.prepare(weights, known, options))
+    errors = torch.stack([part.errors for part in slices]).sum(0)
+    return PreparedSite(site=site, slices=tuple(slices), errors=errors, loss_scale=scale)
+
+
+def prepare_sites(
+    model: nn.Module,
+    sites: Sequence[Site],
+    moments: Moments | None,
+    method: CompressMethod,
+    options: Any,
+    *,
+    progress: Progress = silent,
+) -> dict[str, PreparedSite]:
+    """Decompose every site, after all checks that need no computation.
+
+    Raises InputError for sites that the method cannot take and for moments that are missing.
+    """
+    wrong = misfits(sites, method)
+    if wrong:
+        raise InputError(problems(f"method {method.name!r} cannot take every site", wrong))
+    check_needs(sites, moments, method)
+    prepared = {}
+    for done, site in enumerate(sites):
+        progress("decompose", done, len(sites))
+        prepared[site.name] = prepare_site(model, site, moments, method, options)
+    progress("decompose", len(sites), len(sites))
+    return prepared
+
+
+def curves_of(prepared: Mapping[str, PreparedSite]) -> dict[str, list[float]]:
+    """Relative error at every rank, for reports."""
+    curves = {}
+    for name, part in prepared.items():
+        total = float(part.errors[0])
+        curves[name] = (part.errors / total).tolist() if total > 0 else [0.0] * len(part.errors)
+    return curves

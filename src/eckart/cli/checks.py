@@ -1,0 +1,165 @@
+"""What can be refused before anything heavy is imported: missing things, and things that exclude each other.
+
+Each function returns the problems that it found, so that a command shows all of them at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import eckart
+from eckart.cli.recipe import (
+    BudgetSection,
+    CompressRecipe,
+    DataSection,
+    FormsSection,
+    MethodSection,
+    PlanRecipe,
+    Section,
+    SitesSection,
+)
+from eckart.errors import InputError, problems
+from eckart.records import Budget
+
+_UNITS = {
+    "keep": "keep",
+    "model_keep": "model_keep",
+    "max_parameters": "parameters",
+    "max_bytes": "bytes",
+    "max_macs": "macs",
+    "max_loss": "loss",
+}
+_BUDGET_FLAGS = ", ".join(f"--{name.replace('_', '-')}" for name in _UNITS)
+
+
+def refuse(found: Iterable[str]) -> None:
+    """Raises InputError with all of the problems, if there are any."""
+    lines = list(found)
+    if lines:
+        raise InputError(problems("this command cannot run", lines))
+
+
+def budget_of(section: BudgetSection) -> Budget | None:
+    """The budget of a recipe; None where it has none."""
+    given = {_UNITS[name]: value for name, value in section if value is not None}
+    return Budget(**given) if given else None
+
+
+def required(value: str | None, flag: str, recipe_key: str) -> list[str]:
+    """A value that has no default."""
+    if value:
+        return []
+    return [f"{flag} is missing; give it on the command line or as `{recipe_key}` in a recipe."]
+
+
+def budget_problems(section: BudgetSection) -> list[str]:
+    """A budget is needed, and in one unit."""
+    given = _given(section)
+    if not given:
+        return [f"a budget is missing: give one of {_BUDGET_FLAGS}."]
+    if len(given) > 1:
+        return [f"one budget is needed, but {len(given)} are given: {', '.join(given)}."]
+    return []
+
+
+def data_problems(section: DataSection, flag: str = "--data") -> list[str]:
+    """A text file that does not exist is found before a model is loaded."""
+    source = section.source
+    if source and Path(source).suffix in (".txt", ".jsonl", ".json") and not Path(source).exists():
+        return [f"{flag}: there is no file {source}."]
+    return []
+
+
+def file_problems(flag: str, file: str | None) -> list[str]:
+    """A file that is read must be one."""
+    if file is None or Path(file).is_file():
+        return []
+    what = "is a folder, a file is expected" if Path(file).is_dir() else "does not exist"
+    return [f"{flag}: {file} {what}."]
+
+
+def output_problems(
+    output: str | None, overwrite: bool | None, *, folder: bool, sources: Iterable[str | None] = ()
+) -> list[str]:
+    """The output can be written, replaces nothing by accident, and never what it is made from.
+
+    A folder is replaced only where it is empty or holds a ``config.json`` or ``eckart.json``: nobody means to
+    overwrite a home folder.
+    """
+    if not output:
+        key = "folder" if folder else "file"
+        return [f"-o is missing: name the {key} to write, here or as `output.{key}` in a recipe."]
+    path = Path(output)
+    for source in sources:
+        if source and path.exists() and Path(source).exists() and path.samefile(source):
+            return [f"-o: {output} is what the result is made from; name another place."]
+    if not path.exists():
+        parent = path.absolute().parent
+        if not parent.is_dir():
+            return [f"-o: the folder {parent} does not exist; make it first."]
+        return [] if os.access(parent, os.W_OK) else [f"-o: the folder {parent} is not writable."]
+    if path.is_dir() != folder:
+        return [f"-o: {output} is a {'file, a folder' if folder else 'folder, a file'} is expected."]
+    if (
+        folder
+        and any(path.iterdir())
+        and not any((path / n).exists() for n in ("eckart.json", "config.json"))
+    ):
+        return [f"-o: {output} holds something that is no model and is not replaced; name another folder."]
+    if not overwrite:
+        return [f"-o: {output} exists; give --overwrite to replace it, or name another place."]
+    return [] if os.access(path, os.W_OK) else [f"-o: {output} is not writable."]
+
+
+def plan_problems(recipe: CompressRecipe) -> list[str]:
+    """A plan decides ranks, forms and methods; whatever else decides them contradicts it."""
+    if recipe.plan is None:
+        return budget_problems(recipe.budget)
+    sections: tuple[BudgetSection | MethodSection | FormsSection | SitesSection, ...] = (
+        recipe.budget,
+        recipe.method,
+        recipe.forms,
+        recipe.sites,
+    )
+    given = [flag for section in sections for flag in _given(section)]
+    given += ["--allocation"] if recipe.allocation is not None else []
+    found = file_problems("--plan", recipe.plan)
+    if given:
+        found.append(f"--plan already decides what {', '.join(given)} would; leave out one or the other.")
+    return found
+
+
+def source_problems(recipe: CompressRecipe) -> list[str]:
+    """Statistics come from data or from a moments file, and what is for calibrating needs data."""
+    found = data_problems(recipe.data) + file_problems("--moments", recipe.moments)
+    if recipe.moments is not None and recipe.data.source is not None:
+        found.append("--data and --moments exclude each other: moments are what calibrating on data gave.")
+    elif recipe.data.source is None:
+        idle = _given(recipe.data) + _given(recipe.calibration)
+        if idle:
+            found.append(f"{', '.join(idle)} have no effect without --data.")
+    return found
+
+
+def moments_problems(recipe: CompressRecipe | PlanRecipe) -> list[str]:
+    """Where neither moments nor data are given, the method must need none. Looks the method up last."""
+    missing = "--moments is missing" if isinstance(recipe, PlanRecipe) else "--data or --moments is missing"
+    if recipe.moments is not None or (
+        isinstance(recipe, CompressRecipe) and (recipe.data.source or recipe.plan)
+    ):
+        return []
+    if recipe.method.name is None:
+        return [f"{missing}; only methods that need no statistics, such as --method svd, go without."]
+    for method in eckart.methods():
+        if method.name == recipe.method.name and method.needs:
+            needs = ", ".join(sorted(method.needs))
+            return [f"{missing}: the method {method.name} needs statistics of the model's inputs ({needs})."]
+    return []
+
+
+def _given(section: Section) -> list[str]:
+    """Flags of the fields of a section that are set."""
+    flags = {"name": "--method", "options": "--option", "allow": "--form"}
+    return [flags.get(n, f"--{n.replace('_', '-')}") for n, value in section if value not in (None, [])]

@@ -1,0 +1,53 @@
+"""``eckart compress``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import eckart
+from eckart.cli import checks, render
+from eckart.cli.flags import keywords, takes
+from eckart.cli.recipe import CompressRecipe
+from eckart.cli.terminal import Terminal
+
+
+@takes(CompressRecipe, dry_run=True)
+def compress(recipe: CompressRecipe, terminal: Terminal, dry_run: bool) -> None:
+    """Make MODEL smaller and save it to a folder that AutoModel.from_pretrained loads.
+
+    Calibrates on DATA unless a moments file is given, plans unless a plan is given.
+
+    JSON: folder, outcome (sizes before and after, every layer), plan.
+    """
+    output = recipe.output
+    checks.refuse(
+        checks.required(recipe.model, "MODEL", "model")
+        + checks.plan_problems(recipe)
+        + checks.source_problems(recipe)
+        + (
+            []
+            if dry_run
+            else checks.output_problems(output.folder, output.overwrite, folder=True, sources=[recipe.model])
+        )
+    )
+    checks.refuse(checks.moments_problems(recipe))
+    asked = keywords(recipe)
+    budget = checks.budget_of(recipe.budget)
+    if budget is not None:
+        asked["budget"] = budget
+    if dry_run:
+        with terminal.working() as progress:
+            preview = eckart.preview(recipe.model, **asked, progress=progress)
+        terminal.result(preview.to_json(), lambda console: render.tree(console, preview.to_json()))
+        return
+    folder = Path(str(output.folder))
+    with terminal.working(folder) as progress:
+        compressed = eckart.compress(recipe.model, **asked, progress=progress)
+        if terminal.leading:
+            shards = {} if output.max_shard_size is None else {"max_shard_size": output.max_shard_size}
+            command = shlex.join(["eckart", *sys.argv[1:]])
+            eckart.save(compressed, folder, overwrite=bool(output.overwrite), command=command, **shards)
+    payload = {"folder": folder, "outcome": compressed.outcome, "plan": compressed.plan}
+    terminal.result(payload, lambda console: render.compressed(console, compressed.outcome, folder))

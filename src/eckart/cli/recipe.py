@@ -1,0 +1,290 @@
+"""The recipes: what can be asked of a verb, in groups, each field with its meaning and its flag.
+
+This is the one table behind the options of the command line, their help, the recipe files, ``--set`` and
+``eckart schema``. A field that is None leaves the choice to the verb, whose signature holds the default;
+``Flag.default`` only shows it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from eckart.cli.amounts import parse_bytes, parse_count
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field is written on the command line and passed to the verb."""
+
+    name: str
+    """``--keep``; empty for the argument MODEL."""
+    metavar: str = ""
+    keyword: str = ""
+    """Keyword of the verb; empty where the command does something else with it."""
+    default: str = ""
+    short: str = ""
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}),
+]
+Count = Annotated[
+    int,
+    BeforeValidator(parse_count),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}),
+]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+FormName = Literal["dense", "lowrank", "pivoted"]
+
+
+class Section(BaseModel):
+    """A group of a recipe. Unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+
+
+class DataSection(Section):
+    """What the model is run on."""
+
+    source: Annotated[str | None, Flag("--data", "DATA", "data")] = Field(
+        default=None,
+        description="Text file, JSONL file, datasets:NAME, or stdlib:docstrings / stdlib:source "
+        "(the standard library of this Python).",
+    )
+    field: Annotated[str | None, Flag("--field", "NAME", "field")] = Field(
+        default=None, description="Field of a JSONL file or data set that holds the text."
+    )
+    samples: Annotated[Positive | None, Flag("--samples", "N", "samples")] = Field(
+        default=None, description="How many texts or windows are used."
+    )
+    length: Annotated[Positive | None, Flag("--length", "TOKENS", "length")] = Field(
+        default=None, description="Tokens per text or window."
+    )
+
+
+class CalibrationDataSection(DataSection):
+    """What the model is calibrated on."""
+
+    batch_size: Annotated[Positive | None, Flag("--batch-size", "N", "batch_size", default="16")] = Field(
+        default=None, description="Texts or windows per forward pass."
+    )
+
+
+class CalibrationSection(Section):
+    """What is measured beside the inputs of the layers."""
+
+    gradients: Annotated[
+        Literal["full", "scale", "none"] | None,
+        Flag("--gradients", "full|scale|none", "gradients", default="full"),
+    ] = Field(
+        default=None,
+        description="Second moments of the output gradients: full (out × out per layer), scale (one number "
+        "per layer) or none (no backward pass).",
+    )
+    probes: Annotated[Positive | None, Flag("--probes", "N", "probes")] = Field(
+        default=None, description="Backward passes per batch, each with freshly drawn targets."
+    )
+
+
+class BudgetSection(Section):
+    """What the result may cost, in exactly one unit. It is met from below."""
+
+    keep: Annotated[Share | None, Flag("--keep", "SHARE")] = Field(
+        default=None, description="Share kept of the parameters of the compressed sites: 0.6 removes 40 %."
+    )
+    model_keep: Annotated[Share | None, Flag("--model-keep", "SHARE")] = Field(
+        default=None, description="Share kept of the parameters of the whole model."
+    )
+    max_parameters: Annotated[Count | None, Flag("--max-parameters", "COUNT")] = Field(
+        default=None, description="Parameters of the whole model, such as 15M."
+    )
+    max_bytes: Annotated[Bytes | None, Flag("--max-bytes", "SIZE")] = Field(
+        default=None, description="Bytes of all weights of the whole model, such as 40MB or 8GiB."
+    )
+    max_macs: Annotated[Count | None, Flag("--max-macs", "COUNT")] = Field(
+        default=None, description="Multiply-adds per token of the compressed sites, such as 6M."
+    )
+    max_loss: Annotated[float | None, Field(gt=0), Flag("--max-loss", "RISE")] = Field(
+        default=None,
+        description="Ceiling on the predicted rise of the loss; the smallest model under it is chosen.",
+    )
+
+
+class MethodSection(Section):
+    """How the factors are chosen."""
+
+    name: Annotated[str | None, Flag("--method", "NAME", "method", default="kfac")] = Field(
+        default=None, description="Compression method; `eckart methods` lists them."
+    )
+    options: Annotated[dict[str, Any] | None, Flag("--option", "NAME=VALUE", "options")] = Field(
+        default=None, description="Option of the method. Repeatable."
+    )
+
+
+class SitesSection(Section):
+    """Which maps of the model are compressed."""
+
+    include: Annotated[list[str] | None, Flag("--include", "PATTERN", "include")] = Field(
+        default=None, description="Only maps whose name matches: a glob or re:REGEX. Repeatable."
+    )
+    exclude: Annotated[list[str] | None, Flag("--exclude", "PATTERN", "exclude")] = Field(
+        default=None, description="Leave out maps whose name matches. Repeatable."
+    )
+    embeddings: Annotated[bool | None, Flag("--embeddings", "", "embeddings", default="no")] = Field(
+        default=None, description="Compress embedding tables too."
+    )
+    head: Annotated[bool | None, Flag("--head", "", "head", default="no")] = Field(
+        default=None, description="Compress output heads too."
+    )
+
+
+class FormsSection(Section):
+    """In which shapes the factors may be stored."""
+
+    allow: Annotated[
+        list[FormName] | None, Flag("--form", "FORM", "forms", default="dense, lowrank, pivoted")
+    ] = Field(default=None, description="Form that a map may take: dense, lowrank or pivoted. Repeatable.")
+    rank_multiple: Annotated[Positive | None, Flag("--rank-multiple", "N", "rank_multiple", default="1")] = (
+        Field(
+            default=None, description="Ranks are multiples of this; 32 suits most accelerators, 8 most CPUs."
+        )
+    )
+    min_rank: Annotated[Positive | None, Flag("--min-rank", "N", "min_rank", default="1")] = Field(
+        default=None, description="Smallest rank that a map may get."
+    )
+
+
+class RunSection(Section):
+    """How the computation runs."""
+
+    seed: Annotated[int | None, Field(ge=0), Flag("--seed", "N", "seed", default="0")] = Field(
+        default=None, description="Seed of everything that is drawn."
+    )
+
+
+class DeviceSection(RunSection):
+    """How the model is loaded and the computation runs."""
+
+    dtype: Annotated[str | None, Flag("--dtype", "DTYPE", "dtype")] = Field(
+        default=None, description="Load the weights as float32, bfloat16 or float16 instead of as stored."
+    )
+    device: Annotated[str | None, Flag("--device", "DEVICE", "device")] = Field(
+        default=None, description="Device of the forward and backward passes: cpu, cuda, cuda:1, mps."
+    )
+
+
+class FileOutput(Section):
+    """The file that is written."""
+
+    file: Annotated[str | None, Flag("--output", "FILE", short="-o")] = Field(
+        default=None, description="File to write."
+    )
+    overwrite: Annotated[bool | None, Flag("--overwrite", default="no")] = Field(
+        default=None,
+        description="Replace the output where it exists; the old one stands until the new one is whole.",
+    )
+
+
+class FolderOutput(Section):
+    """The folder that is written."""
+
+    folder: Annotated[str | None, Flag("--output", "DIR", short="-o")] = Field(
+        default=None, description="Folder to write: weights, config, tokenizer, report and model card."
+    )
+    overwrite: Annotated[bool | None, Flag("--overwrite", default="no")] = Field(
+        default=None,
+        description="Replace the output where it exists; the old one stands until the new one is whole.",
+    )
+    max_shard_size: Annotated[str | None, Flag("--max-shard-size", "SIZE", default="5GB")] = Field(
+        default=None, description="Largest weight file; bigger models are split."
+    )
+
+
+Model = Annotated[str | None, Flag("", "MODEL")]
+_MODEL = "Folder or hub name of the model."
+
+
+class CalibrateRecipe(Section):
+    """Recipe of ``eckart calibrate``."""
+
+    model: Model = Field(default=None, description=_MODEL)
+    data: CalibrationDataSection = CalibrationDataSection()
+    calibration: CalibrationSection = CalibrationSection()
+    sites: SitesSection = SitesSection()
+    run: DeviceSection = DeviceSection()
+    output: FileOutput = FileOutput()
+
+
+Allocation = Annotated[
+    Literal["uniform", "typewise", "global"] | None,
+    Flag("--allocation", "uniform|typewise|global", "allocation"),
+]
+_ALLOCATION = (
+    "How the budget is spread: the same share everywhere, per type of map, or by predicted loss. "
+    "By default global where the method's errors are in units of the loss."
+)
+Moments = Annotated[str | None, Flag("--moments", "FILE", "moments")]
+
+
+class PlanRecipe(Section):
+    """Recipe of ``eckart plan``."""
+
+    model: Model = Field(default=None, description=_MODEL)
+    moments: Moments = Field(default=None, description="File written by `eckart calibrate`.")
+    budget: BudgetSection = BudgetSection()
+    method: MethodSection = MethodSection()
+    allocation: Allocation = Field(default=None, description=_ALLOCATION)
+    sites: SitesSection = SitesSection()
+    forms: FormsSection = FormsSection()
+    output: FileOutput = FileOutput()
+
+
+class CompressRecipe(Section):
+    """Recipe of ``eckart compress``."""
+
+    model: Model = Field(default=None, description=_MODEL)
+    data: CalibrationDataSection = CalibrationDataSection()
+    moments: Moments = Field(
+        default=None, description="File written by `eckart calibrate`, instead of --data."
+    )
+    calibration: CalibrationSection = CalibrationSection()
+    plan: Annotated[str | None, Flag("--plan", "FILE", "plan")] = Field(
+        default=None, description="File written by `eckart plan`, instead of a budget and a method."
+    )
+    budget: BudgetSection = BudgetSection()
+    method: MethodSection = MethodSection()
+    allocation: Allocation = Field(default=None, description=_ALLOCATION)
+    sites: SitesSection = SitesSection()
+    forms: FormsSection = FormsSection()
+    run: DeviceSection = DeviceSection()
+    output: FolderOutput = FolderOutput()
+
+
+class EvaluateRecipe(Section):
+    """Recipe of ``eckart evaluate``."""
+
+    model: Model = Field(default=None, description="Folder of the compressed model.")
+    against: Annotated[str | None, Flag("--against", "BASE")] = Field(
+        default=None, description="Folder or hub name of the original that it is measured against."
+    )
+    data: DataSection = DataSection()
+    latency: Annotated[bool | None, Flag("--latency", "", "latency", default="yes")] = Field(
+        default=None, description="Measure the time of forward passes too."
+    )
+    run: RunSection = RunSection()
+
+
+RECIPES: dict[str, type[Section]] = {
+    "calibrate": CalibrateRecipe,
+    "plan": PlanRecipe,
+    "compress": CompressRecipe,
+    "evaluate": EvaluateRecipe,
+}

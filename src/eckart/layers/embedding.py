@@ -1,0 +1,194 @@
+"""Drop-in layers for nn.Embedding, and for heads and tables that share its weight."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from eckart.layers.dense_view import dense_view
+from eckart.layers.linear import INDEX_DTYPE
+from eckart.records import FormKind
+
+
+class StructuredEmbedding(nn.Module):
+    """What both layers share: a table E (entries × width) as narrow table ``a`` and linear map ``b``."""
+
+    a: nn.Embedding
+    b: nn.Linear
+    form: FormKind
+
+    def __init__(self, original: nn.Embedding, rank: int, bias: bool, b_out: int) -> None:
+        super().__init__()
+        weight = original.weight
+        self.num_embeddings = original.num_embeddings
+        self.embedding_dim = original.embedding_dim
+        self.padding_idx = original.padding_idx
+        self.rank = rank
+        self.a = nn.Embedding(
+            original.num_embeddings,
+            rank,
+            padding_idx=original.padding_idx,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        self.b = nn.Linear(rank, b_out, bias=bias, device=weight.device, dtype=weight.dtype)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        """(…, rank) entries of the narrow table to (…, width)."""
+        raise NotImplementedError
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """hidden · Eᵀ: (…, width) to (…, entries), never building E. What a tied head computes."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.expand(self.a(ids))
+
+    def dense(self) -> Tensor:
+        """E (entries × width), computed."""
+        return self.expand(self.a.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table. Metadata is free; computing with it multiplies the factors."""
+        shape = (self.num_embeddings, self.embedding_dim)
+        return dense_view(self.dense, shape, self.a.weight, self.b.weight)
+
+    def to_dense(self) -> nn.Module:
+        """An nn.Embedding with the same rows (to rounding)."""
+        weight = nn.Parameter(self.dense().detach(), requires_grad=self.b.weight.requires_grad)
+        layer = nn.Embedding(
+            self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, _weight=weight
+        )
+        layer.weight.requires_grad_(self.b.weight.requires_grad)
+        return layer.train(self.training)
+
+    def entry(self) -> dict[str, Any]:
+        """What a checkpoint has to know to build this layer's skeleton."""
+        return {"kind": "embedding", "form": self.form, "rank": self.rank, "bias": self.b.bias is not None}
+
+    def extra_repr(self) -> str:
+        shape = f"{self.num_embeddings}, {self.embedding_dim}"
+        return f"{shape}, rank={self.rank}, padding_idx={self.padding_idx}"
+
+
+class FactoredEmbedding(StructuredEmbedding):
+    """E = a bᵀ: ``a`` Embedding(entries, rank), ``b`` Linear(rank, width)."""
+
+    form = "lowrank"
+
+    def __init__(self, original: nn.Embedding, rank: int, *, bias: bool) -> None:
+        super().__init__(original, rank, bias, original.embedding_dim)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        out: Tensor = self.b(rows)
+        return out
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        narrow = linear(hidden, self.b.weight.T)
+        if self.b.bias is None:
+            return linear(narrow, self.a.weight)
+        return linear(narrow, self.a.weight) + (hidden @ self.b.bias).unsqueeze(-1)
+
+
+class PivotedEmbedding(StructuredEmbedding):
+    """``rank`` of the width's columns are kept in ``a``; ``b`` computes the others from them."""
+
+    form = "pivoted"
+    index: Tensor
+
+    def __init__(self, original: nn.Embedding, rank: int, *, bias: bool) -> None:
+        super().__init__(original, rank, bias, original.embedding_dim - rank)
+        index = torch.arange(original.embedding_dim, dtype=INDEX_DTYPE, device=original.weight.device)
+        self.register_buffer("index", index)
+
+    def expand(self, rows: Tensor) -> Tensor:
+        return torch.cat([rows, self.b(rows)], dim=-1).index_select(-1, self.index)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        # Σ_j h_j E_:j over [a, a bᵀ + c] with its columns in stored order: (h_kept + h_rest b) aᵀ + h_rest c
+        stored = hidden.index_select(-1, self.index.argsort())
+        kept, rest = stored[..., : self.rank], stored[..., self.rank :]
+        out = linear(kept + rest @ self.b.weight, self.a.weight)
+        return out if self.b.bias is None else out + (rest @ self.b.bias).unsqueeze(-1)
+
+
+class TiedLayer(nn.Module):
+    """A layer that owns no weight: it uses the factors of an embedding elsewhere in the model.
+
+    The table is held outside of ``_modules``, so that its factors stay where they are: one name in the state
+    dict, one entry for the optimizer, moved and cast with the embedding.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, table: StructuredEmbedding, table_name: str) -> None:
+        super().__init__()
+        self.table_name = table_name
+        self._table = (table,)
+
+    @property
+    def table(self) -> StructuredEmbedding:
+        return self._table[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table (entries × width)."""
+        return self.table.weight
+
+    def entry(self) -> dict[str, Any]:
+        """What a checkpoint has to know to build this layer's skeleton."""
+        table = self.table
+        return {"kind": self.kind, "form": table.form, "rank": table.rank, "table": self.table_name}
+
+    def extra_repr(self) -> str:
+        return f"tied to {self.table_name}, rank={self.table.rank}"
+
+
+class TiedHead(TiedLayer):
+    """hidden ↦ hidden · Eᵀ (+ bias) with the very factors of E: rank · (entries + width) multiply-adds."""
+
+    kind = "tied-head"
+    bias: nn.Parameter | None
+
+    def __init__(self, table: StructuredEmbedding, table_name: str, bias: nn.Parameter | None) -> None:
+        super().__init__(table, table_name)
+        self.in_features = table.embedding_dim
+        self.out_features = table.num_embeddings
+        self.register_parameter("bias", bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = self.table.scores(hidden)
+        return out if self.bias is None else out + self.bias
+
+    def to_dense(self) -> nn.Module:
+        """An nn.Linear with a copy of the table; tying it again is the caller's job."""
+        weight = self.table.dense().detach()
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            layer.bias = self.bias
+        return layer.train(self.training)
+
+
+class TiedEmbedding(TiedLayer):
+    """A second look-up in the table of another embedding (encoder and decoder of one vocabulary)."""
+
+    kind = "tied-embedding"
+
+    def __init__(self, table: StructuredEmbedding, table_name: str) -> None:
+        super().__init__(table, table_name)
+        self.num_embeddings = table.num_embeddings
+        self.embedding_dim = table.embedding_dim
+        self.padding_idx = table.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.table(ids)
+        return out
+
+    def to_dense(self) -> nn.Module:
+        """An nn.Embedding with a copy of the table; tying it again is the caller's job."""
+        return self.table.to_dense()

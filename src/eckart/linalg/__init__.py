@@ -1,0 +1,20 @@
+"""Decompositions: tensors in, float64 tensors on the CPU out. No modules, no files."""
+
+from eckart.linalg.matricize import fold, matricize
+from eckart.linalg.pivot import pivot_rows
+from eckart.linalg.roots import symmetric_root
+from eckart.linalg.shrink import shrink_to_diagonal
+from eckart.linalg.svd import SVD, truncated_svd
+from eckart.linalg.weighted import WeightedFactors, weighted_factors
+
+__all__ = [
+    "SVD",
+    "WeightedFactors",
+    "fold",
+    "matricize",
+    "pivot_rows",
+    "shrink_to_diagonal",
+    "symmetric_root",
+    "truncated_svd",
+    "weighted_factors",
+]

@@ -1,0 +1,256 @@
+"""The frozen records that travel between rooms. Plain data: importing this file imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from eckart.errors import InputError
+
+SiteKind = Literal["linear", "conv1d", "conv", "embedding", "experts"]
+FormKind = Literal["dense", "lowrank", "pivoted"]
+
+Progress = Callable[[str, int, int], None]
+"""Told ``(stage, done, total)`` as long work goes on."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress of someone who does not want to hear of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method comes from."""
+
+    authors: str
+    title: str
+    year: int
+    link: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.authors}, “{self.title}”, {self.year}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One linear map of a model, as a stack of ``slices`` matrices of shape (out_features, in_features).
+
+    A map is one matrix; a grouped convolution has one slice per group, a fused mixture-of-experts
+    parameter one per expert. An embedding table E (entries × width) is the map Eᵀ: ``out_features``
+    is the width and ``in_features`` the number of entries.
+    """
+
+    name: str
+    """Dotted path of the module; for fused experts, of the parameter."""
+    kind: SiteKind
+    out_features: int
+    in_features: int
+    slices: int = 1
+    bias: bool = False
+    role: str = ""
+    """What the map does in its block, the path below the block: ``attention.self.query``."""
+    depth: int | None = None
+    """Index of the repeated block that holds it; None outside of the blocks."""
+    tied: tuple[str, ...] = ()
+    """Names of other modules that share this weight."""
+
+    @property
+    def weight_parameters(self) -> int:
+        """Entries of the weight, biases left out."""
+        return self.slices * self.out_features * self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """A rank, given in exactly one of three ways."""
+
+    keep: int | None = None
+    """How many directions are kept, at least 1."""
+    ratio: float | None = None
+    """Share of the dense parameters that the two factors may take, in (0, 1]."""
+    energy: float | None = None
+    """Share of the objective that is kept, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        if len(given) != 1:
+            raise InputError(f"a Rank needs exactly one of keep, ratio, energy; got {given or 'none'}.")
+        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
+            raise InputError(f"Rank(keep=…) counts directions, an int of at least 1; got {self.keep!r}.")
+        for name in ("ratio", "energy"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise InputError(f"Rank({name}=…) is a share in (0, 1]; got {value!r}.")
+
+
+BUDGET_WORDS: dict[str, str] = {
+    "keep": "share of the parameters of the compressed sites",
+    "model_keep": "share of the parameters of the whole model",
+    "parameters": "parameters of the whole model",
+    "bytes": "bytes of the whole model's weights",
+    "macs": "multiply-adds per token of the compressed sites",
+    "loss": "ceiling on the predicted rise of the loss",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the compressed model may cost, given in exactly one unit. It is met from below."""
+
+    keep: float | None = None
+    """Share kept of the parameters of the compressed sites, in (0, 1]."""
+    model_keep: float | None = None
+    """Share kept of the parameters of the whole model, in (0, 1]."""
+    parameters: int | None = None
+    """Parameters of the whole model."""
+    bytes: int | None = None
+    """Bytes of all weights of the whole model as saved."""
+    macs: int | None = None
+    """Multiply-adds per token (per output position for convolutions) of the compressed sites."""
+    loss: float | None = None
+    """Ceiling on the predicted rise of the loss; the smallest model under it is chosen."""
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        if len(given) != 1:
+            raise InputError(
+                f"a Budget needs exactly one of {', '.join(BUDGET_WORDS)}; got {', '.join(given) or 'none'}."
+            )
+        value = getattr(self, given[0])
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise InputError(f"Budget({given[0]}=…) is a positive number; got {value!r}.")
+        if given[0] in ("keep", "model_keep") and value > 1:
+            raise InputError(f"Budget({given[0]}=…) is a share in (0, 1]; got {value!r}. For 60 % write 0.6.")
+
+    @property
+    def unit(self) -> str:
+        """The name of the field that is set."""
+        return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def value(self) -> float:
+        return float(getattr(self, self.unit))
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.value:g} ({BUDGET_WORDS[self.unit]})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What weights cost."""
+
+    parameters: int
+    bytes: int
+    macs: int
+    """Multiply-adds per token (per output position for convolutions)."""
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            parameters=self.parameters + other.parameters,
+            bytes=self.bytes + other.bytes,
+            macs=self.macs + other.macs,
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a claim's run found."""
+
+    held: bool
+    figures: Mapping[str, float]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A paper's own ordering or figure, in miniature, that one command can check."""
+
+    statement: str
+    """What should come out, in one sentence with its numbers."""
+    source: str
+    """Where the paper says so."""
+    run: Callable[[], Verdict]
+    """Runs in seconds, on seeds that were not chosen for the outcome."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOutcome:
+    """What happened to one site."""
+
+    site: Site
+    form: FormKind
+    rank: int
+    """Kept directions; ``full_rank`` where the site stays dense."""
+    before: Size
+    after: Size
+    predicted: float
+    """Relative error of the method's objective on the calibration data (0 … 1); 0 for dense."""
+    held_out: float | None = None
+    """The same, fitted on half A and measured on half B; None where there are no moments."""
+    loss: float | None = None
+    """Predicted rise of the loss, where the method's objective is in units of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a compression did, all of it: sizes over the sites and over the whole model, never mixed."""
+
+    layers: tuple[LayerOutcome, ...]
+    sites_before: Size
+    sites_after: Size
+    model_before: Size
+    model_after: Size
+    predicted_loss: float | None
+    method: str
+    budget: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval and what it was measured on."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Median seconds of a forward pass, model against base, interleaved in one run."""
+
+    batch: int
+    length: int
+    model: float
+    base: float
+
+    @property
+    def speedup(self) -> float:
+        return self.base / self.model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model measured against its original."""
+
+    task: Literal["embedding", "causal-lm", "masked-lm", "logits"]
+    metrics: Mapping[str, Interval]
+    """Named figures: ``cosine``, ``neighbours@10``, ``rank_correlation``; ``bits_per_byte``,
+    ``bits_per_byte_base``, ``loss_rise`` (nats per token), ``kl`` (nats per token) …"""
+    protocol: Mapping[str, Any]
+    """What the figures mean: data, its hash, window, stride, unit, tokenizer."""
+    model_size: Size
+    base_size: Size
+    disk_bytes: Mapping[str, int] = field(default_factory=dict)
+    """``model`` and ``base``: bytes of the weight files, where they lie on disk."""
+    latency: tuple[Latency, ...] = ()
+    warnings: tuple[str, ...] = ()
