@@ -1,9 +1,9 @@
 """Teaches transformers to load Eckart's folders, at the moment when transformers itself is loaded.
 
 Registering needs torch and transformers, seconds of work that ``import eckart`` must not do. So a finder on
-``sys.meta_path`` waits for ``transformers.modeling_utils``, which every ``from_pretrained`` of a model imports,
-and registers right after it. (Waiting for ``transformers.quantizers.auto`` fails: it is imported half-way
-through a circle.)
+``sys.meta_path`` waits for ``transformers.modeling_utils``, which every ``from_pretrained`` of a model
+imports, and registers right after it. (Waiting for ``transformers.quantizers.auto`` fails: it is imported
+half-way through a circle.)
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TransformersWatch(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Register now where transformers is loaded already, else as soon as it is. Any number of calls is one call."""
+    """Register now where transformers is loaded already, else as soon as it is. Again does nothing."""
     if AWAITED in sys.modules:
         _register()
     elif not any(isinstance(finder, TransformersWatch) for finder in sys.meta_path):

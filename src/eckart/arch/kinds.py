@@ -16,7 +16,14 @@ _CALLED: dict[type[nn.Module], SiteKind] = {
     nn.Conv2d: "conv",
     nn.Embedding: "embedding",
 }
-_UNHANDLED = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.EmbeddingBag)
+_UNHANDLED = (
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+    nn.EmbeddingBag,
+)
 _EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 

@@ -30,7 +30,7 @@ def stored_weight(model: nn.Module, site: Site) -> Tensor:
 
 
 def site_matrices(model: nn.Module, site: Site) -> list[dict[str, Tensor]]:
-    """One ``{"weight": (out, in), "bias": (out,)}`` per slice of a site, without ``"bias"`` where there is none.
+    """One ``{"weight": (out, in), "bias": (out,)}`` per slice, without ``"bias"`` where there is none.
 
     Views of the parameters wherever torch can give one, in their dtype and on their device.
     :func:`eckart.linalg.fold` is the way back to the stored layout.
@@ -38,8 +38,8 @@ def site_matrices(model: nn.Module, site: Site) -> list[dict[str, Tensor]]:
     stack = matricize(stored_weight(model, site), site.kind, site.slices if site.kind == "conv" else 1)
     matrices = [{"weight": weight} for weight in stack]
     if site.bias:
-        bias = getattr(site_module(model, site), "bias").detach().reshape(site.slices, site.out_features)
-        for matrix, row in zip(matrices, bias, strict=True):
+        rows = _stored_bias(model, site).reshape(site.slices, site.out_features)
+        for matrix, row in zip(matrices, rows, strict=True):
             matrix["bias"] = row
     return matrices
 
@@ -50,10 +50,17 @@ def check_finite(model: nn.Module, sites: Iterable[Site]) -> None:
     for site in sites:
         tensors = [("weight", stored_weight(model, site))]
         if site.bias:
-            tensors.append(("bias", getattr(site_module(model, site), "bias").detach()))
+            tensors.append(("bias", _stored_bias(model, site)))
         for what, tensor in tensors:
             bad = int(tensor.numel() - torch.isfinite(tensor).sum())
             if bad:
-                faults.append(f"{site.name}: {bad} of {tensor.numel()} numbers of the {what} are NaN or infinite")
+                faults.append(f"{site.name}: {bad} of {tensor.numel()} numbers of the {what} are NaN or Inf")
     if faults:
         raise NotFiniteError(problems("weights", faults))
+
+
+def _stored_bias(model: nn.Module, site: Site) -> Tensor:
+    bias = getattr(site_module(model, site), "bias", None)
+    if not isinstance(bias, Tensor) or bias.numel() != site.slices * site.out_features:
+        raise InputError(f"{site.name}: expected a bias of {site.slices * site.out_features} numbers.")
+    return bias.detach()

@@ -28,7 +28,7 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     Raises InputError for an unknown name and for the model itself.
     """
     if not name:
-        raise InputError("set_module replaces a module inside of a model; got the empty name, the model itself.")
+        raise InputError("set_module replaces a module inside of a model; got the empty name.")
     old = get_module(model, name)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
@@ -51,7 +51,7 @@ class Block:
     depth: int
     """Its index in its list."""
     label: str
-    """What tells its list from the others of the model ("encoder", "decoder"); empty where it is the only one."""
+    """What tells its list from the others of the model ("encoder", "decoder"); empty where there is one."""
 
 
 def find_blocks(model: nn.Module) -> tuple[Block, ...]:
@@ -90,7 +90,7 @@ def _repeats(module: nn.Module) -> bool:
 def _labels(lists: list[str]) -> dict[str, str]:
     """Each dotted name without the components that all of them begin and end with."""
     if len(lists) < 2:
-        return {name: "" for name in lists}
+        return dict.fromkeys(lists, "")
     parts = [name.split(".") for name in lists]
     start = _common(parts)
     end = _common([list(reversed(part[start:])) for part in parts])

@@ -33,14 +33,14 @@ def calibrate(recipe: CalibrateRecipe, terminal: Terminal, dry_run: bool) -> Non
     asked = keywords(recipe)
     if dry_run:
         with terminal.working() as progress:
-            preview = eckart.preview(recipe.model, **asked, progress=progress)
+            preview = eckart.preview(str(recipe.model), **asked, progress=progress)
         terminal.result(preview.to_json(), lambda console: render.tree(console, preview.to_json()))
         return
     start = time.perf_counter()
     data = asked.pop("data")
     path = Path(str(recipe.output.file))
     with terminal.working(path) as progress:
-        moments = eckart.calibrate(recipe.model, data, **asked, progress=progress)
+        moments = eckart.calibrate(str(recipe.model), data, **asked, progress=progress)
         if terminal.leading:
             moments.save(path)
     payload = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import eckart
 from eckart.cli import checks, render
@@ -39,15 +40,16 @@ def compress(recipe: CompressRecipe, terminal: Terminal, dry_run: bool) -> None:
         asked["budget"] = budget
     if dry_run:
         with terminal.working() as progress:
-            preview = eckart.preview(recipe.model, **asked, progress=progress)
+            preview = eckart.preview(str(recipe.model), **asked, progress=progress)
         terminal.result(preview.to_json(), lambda console: render.tree(console, preview.to_json()))
         return
     folder = Path(str(output.folder))
     with terminal.working(folder) as progress:
-        compressed = eckart.compress(recipe.model, **asked, progress=progress)
+        compressed = eckart.compress(str(recipe.model), **asked, progress=progress)
         if terminal.leading:
-            shards = {} if output.max_shard_size is None else {"max_shard_size": output.max_shard_size}
-            command = shlex.join(["eckart", *sys.argv[1:]])
-            eckart.save(compressed, folder, overwrite=bool(output.overwrite), command=command, **shards)
-    payload = {"folder": folder, "outcome": compressed.outcome, "plan": compressed.plan}
+            how: dict[str, Any] = {"overwrite": bool(output.overwrite)}
+            if output.max_shard_size is not None:
+                how["max_shard_size"] = output.max_shard_size
+            eckart.save(compressed, folder, command=shlex.join(["eckart", *sys.argv[1:]]), **how)
+    payload = {"folder": folder, "outcome": compressed.outcome, "plan": compressed.plan.to_json()}
     terminal.result(payload, lambda console: render.compressed(console, compressed.outcome, folder))

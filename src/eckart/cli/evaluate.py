@@ -24,5 +24,5 @@ def evaluate(recipe: EvaluateRecipe, terminal: Terminal, dry_run: bool) -> None:
     asked = keywords(recipe)
     data = asked.pop("data")
     with terminal.working() as progress:
-        found = eckart.evaluate(recipe.model, recipe.against, data, **asked, progress=progress)
+        found = eckart.evaluate(str(recipe.model), str(recipe.against), data, **asked, progress=progress)
     terminal.result({"evaluation": found}, lambda console: render.evaluation(console, found))

@@ -31,13 +31,14 @@ def plan(recipe: PlanRecipe, terminal: Terminal, dry_run: bool) -> None:
     asked = {**keywords(recipe), "budget": checks.budget_of(recipe.budget)}
     if dry_run:
         with terminal.working() as progress:
-            preview = eckart.preview(recipe.model, **asked, progress=progress)
+            preview = eckart.preview(str(recipe.model), **asked, progress=progress)
         terminal.result(preview.to_json(), lambda console: render.tree(console, preview.to_json()))
         return
     path = Path(str(recipe.output.file))
     moments = asked.pop("moments", None)
     with terminal.working(path) as progress:
-        made = eckart.plan(recipe.model, moments, **asked, progress=progress)
+        made = eckart.plan(str(recipe.model), moments, **asked, progress=progress)
         if terminal.leading:
             made.save(path)
-    terminal.result({"plan": made, "file": path}, lambda console: render.plan(console, made.steps, path))
+    payload = {"plan": made.to_json(), "file": path}
+    terminal.result(payload, lambda console: render.plan(console, made.steps, path))

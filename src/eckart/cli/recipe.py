@@ -63,15 +63,13 @@ class DataSection(Section):
         default=None, description="Field of a JSONL file or data set that holds the text."
     )
     samples: Annotated[Positive | None, Flag("--samples", "N", "samples")] = Field(
-        default=None, description="How many texts or windows are used."
+        default=None,
+        description="Texts or windows that are used. By default 512 sentences for embedding models, "
+        "200 windows for the others; 300 to evaluate.",
     )
     length: Annotated[Positive | None, Flag("--length", "TOKENS", "length")] = Field(
-        default=None, description="Tokens per text or window."
+        default=None, description="Tokens of a sentence at most (by default 128) or of a window (256)."
     )
-
-
-class CalibrationDataSection(DataSection):
-    """What the model is calibrated on."""
 
     batch_size: Annotated[Positive | None, Flag("--batch-size", "N", "batch_size", default="16")] = Field(
         default=None, description="Texts or windows per forward pass."
@@ -162,22 +160,22 @@ class FormsSection(Section):
     )
 
 
-class RunSection(Section):
-    """How the computation runs."""
-
-    seed: Annotated[int | None, Field(ge=0), Flag("--seed", "N", "seed", default="0")] = Field(
-        default=None, description="Seed of everything that is drawn."
-    )
-
-
-class DeviceSection(RunSection):
-    """How the model is loaded and the computation runs."""
+class LoadSection(Section):
+    """How the model is loaded."""
 
     dtype: Annotated[str | None, Flag("--dtype", "DTYPE", "dtype")] = Field(
         default=None, description="Load the weights as float32, bfloat16 or float16 instead of as stored."
     )
     device: Annotated[str | None, Flag("--device", "DEVICE", "device")] = Field(
-        default=None, description="Device of the forward and backward passes: cpu, cuda, cuda:1, mps."
+        default=None, description="Device that computes: cpu, cuda, cuda:1, mps."
+    )
+
+
+class RunSection(LoadSection):
+    """How the model is loaded and the computation runs."""
+
+    seed: Annotated[int | None, Field(ge=0), Flag("--seed", "N", "seed", default="0")] = Field(
+        default=None, description="Seed of everything that is drawn."
     )
 
 
@@ -216,10 +214,10 @@ class CalibrateRecipe(Section):
     """Recipe of ``eckart calibrate``."""
 
     model: Model = Field(default=None, description=_MODEL)
-    data: CalibrationDataSection = CalibrationDataSection()
+    data: DataSection = DataSection()
     calibration: CalibrationSection = CalibrationSection()
     sites: SitesSection = SitesSection()
-    run: DeviceSection = DeviceSection()
+    run: RunSection = RunSection()
     output: FileOutput = FileOutput()
 
 
@@ -244,6 +242,7 @@ class PlanRecipe(Section):
     allocation: Allocation = Field(default=None, description=_ALLOCATION)
     sites: SitesSection = SitesSection()
     forms: FormsSection = FormsSection()
+    run: LoadSection = LoadSection()
     output: FileOutput = FileOutput()
 
 
@@ -251,7 +250,7 @@ class CompressRecipe(Section):
     """Recipe of ``eckart compress``."""
 
     model: Model = Field(default=None, description=_MODEL)
-    data: CalibrationDataSection = CalibrationDataSection()
+    data: DataSection = DataSection()
     moments: Moments = Field(
         default=None, description="File written by `eckart calibrate`, instead of --data."
     )
@@ -264,7 +263,10 @@ class CompressRecipe(Section):
     allocation: Allocation = Field(default=None, description=_ALLOCATION)
     sites: SitesSection = SitesSection()
     forms: FormsSection = FormsSection()
-    run: DeviceSection = DeviceSection()
+    certify: Annotated[bool | None, Flag("--certify", "", "certify", default="yes")] = Field(
+        default=None, description="Also fit every map on half of the calibration and measure it on the other."
+    )
+    run: RunSection = RunSection()
     output: FolderOutput = FolderOutput()
 
 

@@ -32,7 +32,7 @@ def factorise(
     """
     weight, bias = weights["weight"], weights.get("bias")
     if mean is not None and bias is None:
-        raise InputError("factorise: a mean input was given, but the map has no bias to take it up; leave it out.")
+        raise InputError("factorise: got a mean input, but the map has no bias to take it up; leave it out.")
     given = {"weight": weight, "bias": bias, "E[x]": mean, "metric of x": second, "metric of g": gradient}
     for what, tensor in given.items():
         if tensor is not None and not tensor.isfinite().all():
@@ -105,7 +105,7 @@ def _exact(factor: Tensor) -> Tensor:
 
 
 def _corrected_bias(prepared: Prepared, stored: Form) -> Tensor | None:
-    """b + (W − Ŵ) μ for the Ŵ that ``stored`` holds in float64, or b itself where the method leaves it alone."""
+    """b + (W − Ŵ) μ for the Ŵ that ``stored`` holds in float64, or b where the method leaves it alone."""
     if prepared.mean is None or prepared.bias is None:
         return prepared.bias
     lost = _exact(prepared.weight) @ prepared.mean - stored.apply(prepared.mean)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -18,22 +18,46 @@ _HOW = {
 }
 
 
+def given(moments: SiteMoments | None, method: str) -> SiteMoments:
+    """The moments, or InputError that says how to get them."""
+    if moments is None:
+        raise InputError(f"method {method!r} needs the moments of every map; got none; calibrate first.")
+    return moments
+
+
 def needed(
     moments: SiteMoments | None,
     what: Literal["second", "gradient", "fisher_rows", "fisher_columns"],
     method: str,
 ) -> Tensor:
     """The moment ``what``, or InputError that says how to get it."""
-    value: Tensor | None = None if moments is None else getattr(moments, what)
+    value: Tensor | None = getattr(given(moments, method), what)
     if value is None:
-        found = "no moments at all" if moments is None else "moments without it"
-        raise InputError(f"method {method!r} needs the moment {what!r} of every map; got {found}; {_HOW[what]}.")
+        raise InputError(
+            f"method {method!r} needs the moment {what!r} of every map; got moments without it; {_HOW[what]}."
+        )
     return value
+
+
+def input_metric(
+    weights: Mapping[str, Tensor], moments: SiteMoments | None, correct_bias: bool, method: str
+) -> tuple[Tensor, Tensor | None]:
+    """Σ and the mean that the bias is to take up: the covariance and E[x] for maps with a bias.
+
+    E[x xᵀ] and None for maps without one, for diagonals (embeddings), where the mean was not collected,
+    and without ``correct_bias``.
+    """
+    second = needed(moments, "second", method)
+    covariance = given(moments, method).covariance
+    if covariance is None or not correct_bias or "bias" not in weights:
+        return second, None
+    return covariance, given(moments, method).mean
 
 
 def option_share(method: str, name: str, value: object) -> None:
     """Raises InputError unless the option is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= 1:
+    # NaN fails the comparison too.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise InputError(f"method {method!r}: the option {name} is a number in [0, 1]; got {value!r}.")
 
 

@@ -37,7 +37,7 @@ class Certificate:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWarning:
-    """A site whose error on tokens that its factors have not seen is far above the one they were fitted to."""
+    """A site whose error on unseen tokens is far above that on the tokens its factors were fitted to."""
 
     site: str
     predicted: float
@@ -77,7 +77,8 @@ def compare(predicted: float, measured: Interval, quantity: str = "loss") -> Cer
     if measured.mean > APART * predicted + _NOTHING:
         warning = (
             f"the measured change ({measured.mean:.3g}, {quantity}) is {_times(ratio)} the predicted one "
-            f"({predicted:.3g}). Errors of layers amplify each other here: remove less, or calibrate on more data."
+            f"({predicted:.3g}). Errors of layers amplify each other here: remove less, or calibrate on more "
+            "data."
         )
     elif predicted > APART * measured.mean + _NOTHING:
         warning = (

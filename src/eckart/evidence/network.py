@@ -18,7 +18,7 @@ Tape = MutableMapping[str, tuple[Tensor, Tensor]]
 
 
 def initial_parameters(generator: torch.Generator) -> dict[str, Tensor]:
-    """Random float32 weights of unit gain, zero biases; weights are (out, in), the embedding (bytes, width)."""
+    """Random float32 weights of unit gain, zero biases; weights (out, in), the embedding (bytes, width)."""
 
     def gaussian(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator) / columns**0.5
@@ -69,6 +69,6 @@ def train(windows: Tensor, steps: int, batch: int, seed: int) -> dict[str, Tenso
         sample = windows[picked].long()
         loss = cross_entropy(forward(parameters, sample[:, :CONTEXT]), sample[:, CONTEXT])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
     return {k: v.detach() for k, v in parameters.items()}

@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from eckart.data import read_texts
 from eckart.errors import InputError, unknown
-from eckart.evidence.network import CONTEXT, EMBEDDING, HIDDEN, VOCABULARY, WIDTH, Tape, forward, train
+from eckart.evidence.network import CONTEXT, EMBEDDING, HIDDEN, VOCABULARY, WIDTH, forward, train
 from eckart.forms import Form
 from eckart.moments import SiteMoments
 from eckart.records import Site
 
 SITES = (
     Site(name="embed", kind="embedding", out_features=EMBEDDING, in_features=VOCABULARY, role="embed"),
-    Site(name="mix", kind="linear", out_features=WIDTH, in_features=CONTEXT * EMBEDDING, bias=True, role="mix"),
+    Site(name="mix", kind="linear", out_features=WIDTH, in_features=CONTEXT * EMBEDDING, bias=True),
     Site(name="up", kind="linear", out_features=HIDDEN, in_features=WIDTH, bias=True, role="up", depth=0),
     Site(name="down", kind="linear", out_features=WIDTH, in_features=HIDDEN, bias=True, role="down", depth=0),
     Site(name="head", kind="linear", out_features=VOCABULARY, in_features=WIDTH, bias=True, role="head"),
@@ -52,26 +51,44 @@ class Problem:
     """Cross-entropy of the network on ``held_out``, nats per byte."""
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """``{"weight": (out, in), "bias": (out,)}`` of one map, float32; the embedding is transposed, without bias."""
+        """``{"weight": (out, in), "bias": (out,)}`` of one map, float32; the embedding transposed, without bias."""
         if name not in {site.name for site in SITES}:
             raise InputError(unknown("map", name, [site.name for site in SITES]))
         if name == "embed":
             return {"weight": self.parameters["embed.weight"].T.contiguous()}
         return {"weight": self.parameters[f"{name}.weight"], "bias": self.parameters[f"{name}.bias"]}
 
+    def contexts(self, tokens: int = 8192, seed: int = 0, *, held_out: bool = False) -> Tensor:
+        """(tokens, 8) byte values drawn by ``seed`` from the calibration text, or from the held-out one."""
+        windows = self.held_out if held_out else self.calibration
+        generator = torch.Generator().manual_seed(seed)
+        picked = torch.randint(0, windows.shape[0], (tokens,), generator=generator)
+        return windows[picked, :CONTEXT].long()
+
+    def inputs(self, tokens: int = 8192, seed: int = 0, *, held_out: bool = False) -> dict[str, Tensor]:
+        """What each linear map reads, (tokens, in) float64, on the same draw as :meth:`moments`."""
+        tape: dict[str, tuple[Tensor, Tensor]] = {}
+        parameters = {k: v.double() for k, v in self.parameters.items()}
+        forward(parameters, self.contexts(tokens, seed, held_out=held_out), tape)
+        return {name: x for name, (x, _) in tape.items() if name != "embed"}
+
+    def frequencies(self, tokens: int = 8192, seed: int = 0, *, held_out: bool = False) -> Tensor:
+        """(256,) float64: how often the embedding looks up each byte, summing to 1."""
+        contexts = self.contexts(tokens, seed, held_out=held_out)
+        return contexts.flatten().bincount(minlength=VOCABULARY).double() / contexts.numel()
+
     def moments(self, tokens: int = 8192, seed: int = 0) -> dict[str, SiteMoments]:
-        """Moments of every map over ``tokens`` predictions drawn from the calibration windows by ``seed``.
+        """Moments of every map over ``tokens`` predictions drawn from the calibration text by ``seed``.
 
         Targets are sampled from the network's own prediction, so the gradients are those of the true
-        Fisher information and no label is used. Float64, a second for 8192 tokens.
+        Fisher information and no label is used. Float64, about a second for 8192 tokens.
         """
-        generator = torch.Generator().manual_seed(seed)
-        picked = torch.randint(0, self.calibration.shape[0], (tokens,), generator=generator)
-        contexts = self.calibration[picked, :CONTEXT].long()
+        contexts = self.contexts(tokens, seed)
         # requires_grad on all, so that every output of a map is part of the graph.
         parameters = {k: v.double().requires_grad_() for k, v in self.parameters.items()}
         tape: dict[str, tuple[Tensor, Tensor]] = {}
         logits = forward(parameters, contexts, tape)
+        generator = torch.Generator().manual_seed(seed)
         targets = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         loss = cross_entropy(logits, targets, reduction="sum")
         gradients = torch.autograd.grad(loss, [y for _, y in tape.values()])
@@ -81,7 +98,7 @@ class Problem:
         }
 
     def rise(self, forms: Mapping[str, Form]) -> float:
-        """How much the held-out loss rises, in nats per byte, when the named maps are replaced by ``forms``."""
+        """How much the held-out loss rises (nats per byte) when the named maps are replaced by ``forms``."""
         parameters = dict(self.parameters)
         for name, form in forms.items():
             weight = form.dense().to(torch.float32)
@@ -112,7 +129,7 @@ def _linear_moments(x: Tensor, g: Tensor) -> SiteMoments:
 
 
 def _embedding_moments(entries: Tensor, g: Tensor, units: int) -> SiteMoments:
-    """Moments of a table from looked-up entries and gradients (…, width): x is one-hot, so E[x xᵀ] is diagonal."""
+    """Moments of a table from its look-ups and their gradients (…, width): one-hot x, so E[x xᵀ] is diagonal."""
     entries, g = entries.flatten(), g.flatten(0, -2)
     n = entries.numel()
     g_norms = g.square().sum(1)
@@ -136,8 +153,8 @@ def _held_out_loss(parameters: Mapping[str, Tensor], windows: Tensor) -> float:
 
 def _windows(part: str) -> Tensor:
     """(n, 9) uint8: every run of nine bytes within a module of the standard library."""
-    texts = read_texts("stdlib:source", part=part).texts
-    cut = [torch.frombuffer(bytearray(t.encode()), dtype=torch.uint8) for t in texts]
+    texts = read_texts("stdlib:source", part=part, limit=MODULES).texts
+    cut = [torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for text in texts]
     return torch.cat([b.unfold(0, CONTEXT + 1, 1) for b in cut if b.numel() > CONTEXT])
 
 

@@ -41,12 +41,12 @@ def measure(
 ) -> Evaluation:
     """``loaded`` measured against ``base`` on the first ``samples`` sentences or windows of the texts.
 
-    Both read the tokens of the base's tokenizer and are read by the base's task and pooling. ``protocol`` adds
-    what the caller knows of the data (its name, hash and part). Latency is taken at batch 1 and 32 with 64
-    tokens. Cost: one forward pass of both models per batch, one batch of outputs at a time.
+    Both get the tokens of the base's tokenizer. ``protocol`` adds what the caller knows of the data (its
+    name, hash and part). Latency is taken at batch 1 and 32 with 64 tokens. Cost: one forward pass of both
+    models per batch; the logits of one batch are held at a time.
 
-    Raises MismatchError where task, tokenizer or vocabulary of the two differ, InputError for texts that are
-    empty or too short.
+    Raises MismatchError where task, tokenizer, vocabulary or device of the two differ, InputError for texts
+    that are empty or too short.
     """
     _check_pair(loaded, base)
     batches = text_batches(base, texts, length=length, batch_size=batch_size, samples=samples)
@@ -116,6 +116,10 @@ def _check_pair(loaded: LoadedModel, base: LoadedModel) -> None:
         raise MismatchError(
             f"{loaded.name} is a model for {loaded.task}, {base.name} one for {base.task}. "
             "Evaluate against the model it was made from."
+        )
+    if loaded.device != base.device:
+        raise MismatchError(
+            f"{loaded.name} lies on {loaded.device}, {base.name} on {base.device}. Load both on one device."
         )
     if loaded.tokenizer is not None and base.tokenizer is not None:
         ours, theirs = loaded.tokenizer.get_vocab(), base.tokenizer.get_vocab()

@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from eckart.errors import FileError, InputError, unknown
+from eckart.hf.registry import register
 
 Task = Literal["embedding", "causal-lm", "masked-lm", "logits"]
 Pooling = Literal["mean", "cls", "max", "lasttoken"]
@@ -94,6 +95,7 @@ def load_model(
     Raises FileError where there is no such model, or where files are missing, cut short or need a login, and
     where weights would be left at random values. Raises InputError for a dtype or device that does not exist.
     """
+    register()
     name = str(name_or_path)
     path = model_folder(name_or_path)
     weight_dtype = parse_dtype(dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,6 +79,13 @@ class FactoredExperts(nn.Module):
                 experts, m, n = original.get_parameter(name).shape
                 self.shapes[name] = (experts, m, n)
         self.gated = self.names[0] == "gate_up_proj"
+        if isinstance(original, FactoredExperts):
+            self._template = original._template
+        else:
+            template = copy.copy(original)  # the module's own class and settings, its weights on meta
+            weights = {name: original.get_parameter(name).to("meta") for name in self.names}
+            template._parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
+            self._template = (template,)
         self.num_experts = self.shapes[self.names[0]][0]
         for name in self.names:
             if name in factored:
@@ -183,6 +191,16 @@ class FactoredExperts(nn.Module):
                 out = out * weights[chosen]
                 pairs = pairs.to(out.dtype).index_copy(0, chosen, out)
         return pairs.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def to_dense(self) -> nn.Module:
+        """The experts in the class that this layer replaced, with the same outputs to rounding."""
+        layer = copy.copy(self._template[0])
+        learns = next(self.parameters()).requires_grad
+        dense = {name: self.dense(name).detach() for name in self.names}
+        layer._parameters = {name: nn.Parameter(W, requires_grad=learns) for name, W in dense.items()}
+        layer._modules = dict(self._modules)
+        layer.training = self.training
+        return layer
 
     def entry(self) -> dict[str, Any]:
         """What a checkpoint has to know to build this layer's skeleton."""

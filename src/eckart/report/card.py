@@ -36,7 +36,7 @@ def model_card(
 ) -> str:
     """README.md of a saved model: what it is, what it lost, how to load it, what it cannot do.
 
-    ``base_name`` is the original's name; it goes into the front matter only where it can be a name on the Hub.
+    ``base_name`` is the original's name; the front matter has it only where it can be a name on the Hub.
     ``load_snippet`` is Python that loads the folder; without it the snippet fits the evaluation's task.
     """
     sections = [
@@ -50,9 +50,9 @@ def model_card(
         "## How to load it",
         _loading(evaluation, load_snippet),
         "## How it was made",
-        f"Compressed from {_code(base_name)} by low-rank factorisation, method {_code(outcome.method)}, with:",
+        f"Low-rank factorisation of {_code(base_name)}, method {_code(outcome.method)}, made with:",
         _fenced(command, "bash"),
-        "The plan, with the rank of every layer, lies in `eckart.json`; `report.html` shows it layer by layer.",
+        "`eckart.json` holds the plan, with the rank of every layer; `report.html` shows it layer by layer.",
         *([_details("The plan", plan_json)] if plan_json else []),
         "## Limits",
         _limits(outcome, evaluation),
@@ -105,8 +105,8 @@ def _measured(evaluation: Evaluation | None) -> list[str]:
         return ["## Quality", "Not measured. Run `eckart evaluate` against the original before using it."]
     lines = ["| figure | mean | 95 % interval | n |", "|---|---:|---:|---:|"]
     for name, value in evaluation.metrics.items():
-        label = _cell(metric_of(name).label)
-        lines.append(f"| {label} (`{_cell(name)}`) | {fmt.mean(value)} | {fmt.interval(value)} | {fmt.count(value.n)} |")
+        label = f"{_cell(metric_of(name).label)} (`{_cell(name)}`)"
+        lines.append(f"| {label} | {fmt.mean(value)} | {fmt.interval(value)} | {fmt.count(value.n)} |")
     parts = ["## Quality against the original", "\n".join(lines)]
     if evaluation.protocol:
         known = "; ".join(f"{_cell(str(k))}: {_cell(str(v))}" for k, v in evaluation.protocol.items())
@@ -142,14 +142,16 @@ def _loading(evaluation: Evaluation | None, snippet: str) -> str:
 def _limits(outcome: Outcome, evaluation: Evaluation | None) -> str:
     lines = [
         "- All limits, biases and licence terms of the original apply.",
-        "- Ranks were chosen for the calibration data; on other languages, domains or tasks more may be lost.",
+        "- Ranks were chosen for the calibration data; other languages, domains or tasks may lose more.",
         "- Speed was not promised by the sizes: thin products run below the peak of the hardware.",
     ]
     if evaluation is None or not evaluation.latency:
         lines.append("- Latency was not measured.")
     flags = sum(flagged(layer) for layer in outcome.layers)
     if flags:
-        lines.append(f"- {flags} layers have a held-out error above twice the predicted one: calibrate on more data.")
+        lines.append(
+            f"- {flags} layers have a held-out error above twice the predicted one: calibrate on more data."
+        )
     notes = (*outcome.notes, *(evaluation.warnings if evaluation else ()))
     return "\n".join(lines + [f"- {_plain(note)}" for note in notes])
 

@@ -1,10 +1,11 @@
-"""Drawings of the report as SVG, drawn here and not in the browser. Colours come from the style sheet's classes."""
+"""Drawings of the report as SVG, made here and not in the browser; classes of the style sheet colour them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -67,19 +68,20 @@ def curves(lines: Sequence[Line], label: str) -> Markup:
             f'<text x="{_LEFT + x * width:.0f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{text}</text>'
         )
     for line in lines:
-        parts.append(f'<path class="line l{_colour(line.place)}" data-i="{line.index}" d="{_path(line.errors)}"/>')
+        parts.append(
+            f'<path class="line l{_colour(line.place)}" data-i="{line.index}" d="{_path(line.errors)}"/>'
+        )
     for line in lines:
         if line.chosen:
             x, y = _LEFT + line.chosen[0] * width, _TOP + _height(line.chosen[1]) * height
-            parts.append(
-                f'<circle class="dot f{_colour(line.place)}" data-i="{line.index}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
-            )
+            where = f'cx="{x:.1f}" cy="{y:.1f}" r="3.2"'
+            parts.append(f'<circle class="dot f{_colour(line.place)}" data-i="{line.index}" {where}/>')
     parts.append("</svg>")
     return Markup("".join(parts))
 
 
 def whisker(value: Interval, same: float) -> Markup:
-    """A mean and its interval on the way from the value of a model equal to the original to a round worse one."""
+    """A mean and its interval between a round bad value and that of a model equal to the original."""
     worst = _worst(value, same)
 
     def at(v: float) -> float:
@@ -87,12 +89,11 @@ def whisker(value: Interval, same: float) -> Markup:
 
     low, high = sorted((at(value.low), at(value.high)))
     parts = [
-        '<svg class="whisker" viewBox="0 0 200 30" aria-hidden="true">',
-        '<path class="grid" d="M6 10h188"/><path class="tick" d="M194 4v12"/>',
-        f'<path class="range" d="M{6 + 188 * low:.1f} 10H{6 + 188 * high:.1f}"/>',
-        f'<circle class="point" cx="{6 + 188 * at(value.mean):.1f}" cy="10" r="4.5"/>',
-        f'<text x="6" y="28">{worst:g}</text><text x="194" y="28" text-anchor="end">{same:g} = original</text>',
-        "</svg>",
+        '<svg class="whisker" viewBox="0 0 200 14" aria-hidden="true">',
+        '<path class="grid" d="M6 7h188"/><path class="tick" d="M194 1v12"/>',
+        f'<path class="range" d="M{6 + 188 * low:.1f} 7H{6 + 188 * high:.1f}"/>',
+        f'<circle class="point" cx="{6 + 188 * at(value.mean):.1f}" cy="7" r="4.5"/></svg>',
+        f'<p class="ends" aria-hidden="true"><span>{worst:g}</span><span>{same:g} = original</span></p>',
     ]
     return Markup("".join(parts))
 
@@ -112,10 +113,12 @@ def _path(errors: Sequence[float]) -> str:
     """Whole coordinates and relative steps: five bytes a point."""
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     last = max(1, len(errors) - 1)
-    points = [(round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)]
+    points = [
+        (round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)
+    ]
     steps = [f"M{points[0][0]} {points[0][1]}"] if points else []
     if len(points) > 1:
-        pairs = zip(points, points[1:], strict=False)
+        pairs = pairwise(points)
         steps.append("l" + " ".join(f"{x1 - x0} {y1 - y0}" for (x0, y0), (x1, y1) in pairs))
     return "".join(steps)
 

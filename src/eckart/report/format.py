@@ -103,7 +103,7 @@ def middle(name: str, width: int = 44) -> str:
     if len(name) <= width:
         return name
     head = (width - 1) // 3
-    return f"{name[:head]}…{name[-(width - 1 - head):]}"
+    return f"{name[:head]}…{name[-(width - 1 - head) :]}"
 
 
 def _scaled(n: float, units: tuple[str, ...]) -> str:

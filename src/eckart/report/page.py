@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from eckart.records import Evaluation, Outcome
+from eckart.records import Evaluation, Interval, Outcome
 from eckart.report import format as fmt
 from eckart.report import palette, view
 from eckart.report.verdict import budget_reached, flagged, verdict, verdict_text
@@ -35,44 +35,49 @@ def render_report(
 ) -> str:
     """The whole page as text, under 800 kB for 500 layers.
 
-    ``certificate`` is anything with the attributes ``predicted``, ``measured``, ``ratio`` (numbers or None)
-    and ``warning`` (text, empty where there is nothing to warn of). ``curves`` maps a site's name to its
-    relative errors at ranks spaced evenly from 0 to the full rank (:func:`eckart.report.sample_curve`
-    makes them). ``meta`` is shown under the title, name beside value. Every text is escaped; the page's own
-    security policy allows no script but its own, by hash, and no request at all.
+    ``certificate`` is what :func:`eckart.evaluation.certify` gives, or anything with the attributes
+    ``predicted`` (a number), ``measured`` (a number or an Interval), ``ratio`` and ``warning`` (text or None).
+    ``curves`` maps a site's name to its relative errors at ranks spaced evenly from 0 to the full rank
+    (:func:`eckart.report.sample_curve` makes them). ``meta`` is shown under the title, name beside value.
+    Every text is escaped; the page's own security policy allows no script but its own, by hash, and no
+    request at all.
     """
     table = view.rows(outcome)
     found_maps, outside = view.maps(table)
     script = _asset("report.js")
-    return _environment().get_template("report.html.j2").render(
-        title=title,
-        meta=dict(meta or {}),
-        command=command,
-        outcome=outcome,
-        evaluation=evaluation,
-        verdict=verdict(outcome, evaluation, title),
-        verdict_text=verdict_text(outcome, evaluation, title),
-        style=Markup(palette.style_sheet() + _asset("report.css")),
-        script=Markup(script),
-        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        rows=table,
-        maps=found_maps,
-        outside=outside,
-        steps=range(palette.STEPS),
-        panels=view.panels(table, curves or {}),
-        site_cards=view.size_cards(outcome.sites_before, outcome.sites_after),
-        model_cards=view.size_cards(outcome.model_before, outcome.model_after),
-        disk=view.disk_card(evaluation) if evaluation else None,
-        quality=view.quality_cards(evaluation) if evaluation else (),
-        speed=view.speed_cards(evaluation) if evaluation else (),
-        glossary=view.glossary(evaluation),
-        dense=sum(layer.form == "dense" for layer in outcome.layers),
-        flagged=sum(flagged(layer) for layer in outcome.layers),
-        budget=budget_reached(outcome),
-        certificate=_certificate(certificate),
-        plan=_readable(plan_json),
-        notes=(*outcome.notes, *(evaluation.warnings if evaluation else ())),
-        fmt=fmt,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            meta=dict(meta or {}),
+            command=command,
+            outcome=outcome,
+            evaluation=evaluation,
+            verdict=verdict(outcome, evaluation, title),
+            verdict_text=verdict_text(outcome, evaluation, title),
+            style=Markup(palette.style_sheet() + _asset("report.css")),
+            script=Markup(script),
+            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            rows=table,
+            maps=found_maps,
+            outside=outside,
+            steps=range(palette.STEPS),
+            panels=view.panels(table, curves or {}),
+            site_cards=view.size_cards(outcome.sites_before, outcome.sites_after),
+            model_cards=view.size_cards(outcome.model_before, outcome.model_after),
+            disk=view.disk_card(evaluation) if evaluation else None,
+            quality=view.quality_cards(evaluation) if evaluation else (),
+            speed=view.speed_cards(evaluation) if evaluation else (),
+            glossary=view.glossary(evaluation),
+            dense=sum(layer.form == "dense" for layer in outcome.layers),
+            flagged=sum(flagged(layer) for layer in outcome.layers),
+            budget=budget_reached(outcome),
+            certificate=_certificate(certificate),
+            plan=_readable(plan_json),
+            notes=(*outcome.notes, *(evaluation.warnings if evaluation else ())),
+            fmt=fmt,
+        )
     )
 
 
@@ -81,14 +86,16 @@ def _certificate(certificate: object | None) -> dict[str, Any] | None:
     if certificate is None:
         return None
     predicted: float | None = getattr(certificate, "predicted", None)
-    measured: float | None = getattr(certificate, "measured", None)
-    longest = max(abs(predicted or 0.0), abs(measured or 0.0)) or 1.0
+    found: Interval | float | None = getattr(certificate, "measured", None)
+    measured = found.mean if isinstance(found, Interval) else found
+    longest = max(predicted or 0.0, measured or 0.0) or 1.0
     return {
         "predicted": fmt.figure(predicted),
         "measured": fmt.figure(measured),
+        "interval": f"95{fmt.SPACE}% interval {fmt.interval(found)}" if isinstance(found, Interval) else "",
         "ratio": getattr(certificate, "ratio", None),
         "warning": getattr(certificate, "warning", None) or "",
-        "unit": getattr(certificate, "unit", None) or "",
+        "quantity": getattr(certificate, "quantity", ""),
         "predicted_bar": max(0.0, predicted or 0.0) / longest,
         "measured_bar": max(0.0, measured or 0.0) / longest,
     }
@@ -102,7 +109,9 @@ def _readable(plan_json: str) -> str:
     parts = []
     for key, value in tree.items():
         if isinstance(value, list):
-            lines = ",\n".join("    " + json.dumps(v, separators=(",", ":"), ensure_ascii=False) for v in value)
+            lines = ",\n".join(
+                "    " + json.dumps(v, separators=(",", ":"), ensure_ascii=False) for v in value
+            )
             parts.append(f"  {json.dumps(key)}: [\n{lines}\n  ]")
         else:
             parts.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")

@@ -11,7 +11,13 @@ import math
 STEPS = 10
 """Colours of the ramp; a share in [0, 1] falls into one of as many classes."""
 
-_ANCHORS = ((0.955, 0.045, 105.0), (0.86, 0.085, 160.0), (0.68, 0.100, 205.0), (0.47, 0.105, 250.0), (0.29, 0.095, 285.0))
+_ANCHORS = (
+    (0.955, 0.045, 105.0),
+    (0.86, 0.085, 160.0),
+    (0.68, 0.100, 205.0),
+    (0.47, 0.105, 250.0),
+    (0.29, 0.095, 285.0),
+)
 """(lightness, chroma, hue in degrees): straw, green, sea, blue, indigo. Lightness never rises."""
 
 
@@ -43,8 +49,11 @@ def style_sheet() -> str:
     """
     light = _properties(ramp())
     dark = _properties(tuple(reversed(ramp())))
-    classes = "".join(f".s{i}{{background:var(--s{i});color:var(--t{i})}}.l{i}{{stroke:var(--s{i})}}"
-                      f".f{i}{{fill:var(--s{i})}}" for i in range(STEPS))
+    classes = "".join(
+        f".s{i}{{background:var(--s{i});color:var(--t{i})}}.l{i}{{stroke:var(--s{i})}}"
+        f".f{i}{{fill:var(--s{i})}}"
+        for i in range(STEPS)
+    )
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{classes}"
 
 

@@ -9,6 +9,8 @@ from eckart.report import format as fmt
 
 FLAG_FACTOR = 2.0
 """A held-out error more than this many times the predicted one is flagged."""
+FLAG_FLOOR = 1e-6
+"""Relative errors below this count as none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Metric:
     same: float | None
     """Its value for a model equal to the original; None where that depends on the data."""
     phrase: str = ""
-    """The figure in a sentence, ``{}`` standing for the number."""
+    """The figure in a sentence, ``{}`` standing for the number and ``[unit]`` for its unit."""
 
 
 METRICS: dict[str, Metric] = {
@@ -32,7 +34,7 @@ METRICS: dict[str, Metric] = {
     ),
     "neighbours@10": Metric(
         label="Shared neighbours",
-        meaning="Share of each text's ten nearest neighbours that both models agree on.",
+        meaning="Share of each text’s ten nearest neighbours that both models agree on.",
         same=1.0,
         phrase="it finds {} of the original’s ten nearest neighbours",
     ),
@@ -44,21 +46,39 @@ METRICS: dict[str, Metric] = {
     ),
     "bits_per_byte": Metric(
         label="Bits per byte",
-        meaning="Bits the model needs for one byte of unseen text; lower is better, tokenizers do not matter.",
+        meaning="Bits the model needs for one byte of unseen text, whatever the tokenizer; lower is better.",
         same=None,
-        phrase="it needs {} bits per byte",
+        phrase="it needs {} [unit]",
+    ),
+    "bits_per_masked_token": Metric(
+        label="Bits per masked token",
+        meaning="Bits the model needs to fill in one hidden token; lower is better.",
+        same=None,
+        phrase="it needs {} [unit]",
+    ),
+    "loss": Metric(
+        label="Loss",
+        meaning="Mean cross-entropy on unseen text; lower is better.",
+        same=None,
+        phrase="its loss is {} [unit]",
+    ),
+    "agreement": Metric(
+        label="Same first choice",
+        meaning="Share of positions where both models find the same token, or class, the most likely.",
+        same=1.0,
+        phrase="it shares {} of the original’s first choices",
     ),
     "loss_rise": Metric(
         label="Rise of the loss",
-        meaning="Mean loss of this model minus that of the original, nats per token, on the same tokens.",
+        meaning="Mean loss of this model minus that of the original, on the same tokens.",
         same=0.0,
-        phrase="its loss is {} nats per token above the original’s",
+        phrase="its loss is {} [unit] above the original’s",
     ),
     "kl": Metric(
         label="Divergence from the original",
-        meaning="Kullback–Leibler divergence from the original’s predictions to this model's, nats per token.",
+        meaning="Kullback–Leibler divergence between the original’s predictions and this model’s.",
         same=0.0,
-        phrase="its predictions diverge from the original’s by {} nats per token",
+        phrase="its predictions diverge from the original’s by {} [unit]",
     ),
 }
 
@@ -91,7 +111,7 @@ def flagged(layer: LayerOutcome) -> bool:
     return (
         layer.form != "dense"
         and layer.held_out is not None
-        and layer.held_out > FLAG_FACTOR * max(layer.predicted, 1e-12)
+        and layer.held_out > max(FLAG_FACTOR * layer.predicted, FLAG_FLOOR)
     )
 
 
@@ -118,9 +138,9 @@ def verdict(outcome: Outcome, evaluation: Evaluation | None, title: str) -> tupl
     found = headline(evaluation) if evaluation else None
     if evaluation and found:
         name, value = found
-        start, _, end = metric_of(name).phrase.partition("{}")
+        start, _, end = metric_of(name).phrase.replace("[unit]", value.unit or "nats").partition("{}")
         pieces += [
-            (f"; on {fmt.count(value.n)} unseen {samples_of(value)} {start}", False),
+            (f"; on {fmt.count(value.n)} unseen {samples_of(evaluation)} {start}", False),
             (fmt.mean(value), True),
             (f"{end} (95{fmt.SPACE}% interval {fmt.interval(value)})", False),
         ]
@@ -142,9 +162,9 @@ def verdict_text(outcome: Outcome, evaluation: Evaluation | None, title: str) ->
     return "".join(text for text, _ in verdict(outcome, evaluation, title))
 
 
-def samples_of(value: Interval) -> str:
-    """What ``n`` of an interval counts."""
-    return value.unit or "samples"
+def samples_of(evaluation: Evaluation) -> str:
+    """What ``n`` of the intervals counts."""
+    return f"{evaluation.protocol.get('unit', 'sample')}s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,4 +217,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-

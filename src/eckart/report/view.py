@@ -11,7 +11,7 @@ from eckart.records import Evaluation, LayerOutcome, Outcome, Size
 from eckart.report import charts
 from eckart.report import format as fmt
 from eckart.report.palette import step
-from eckart.report.verdict import METRICS, flagged, kept, metric_of
+from eckart.report.verdict import METRICS, flagged, headline, kept, metric_of
 
 FORM_WORDS = {"dense": "kept dense", "lowrank": "two factors", "pivoted": "pivoted"}
 MANY_PANELS = 24
@@ -110,9 +110,24 @@ def panels(table: Sequence[Row], curves: Mapping[str, Sequence[float]]) -> tuple
             groups.setdefault(row.group, []).append(row)
     if len(groups) > MANY_PANELS:
         groups = {"all layers": [row for members in groups.values() for row in members]}
+    stacks = {_stack(row.layer) for row in table}
     points = 32 if len(table) <= 256 else 20
     deepest = max((row.layer.site.depth or 0 for row in table), default=0)
-    return tuple(_panel(title, members, curves, points, deepest) for title, members in groups.items())
+    return tuple(
+        _panel(
+            title.removeprefix(f"{next(iter(stacks))} ") if len(stacks) == 1 else title,
+            [
+                charts.Line(
+                    index=row.index,
+                    errors=charts.thinned(curves[row.full_name], points),
+                    chosen=_chosen(row),
+                    place=(row.layer.site.depth or 0) / max(1, deepest),
+                )
+                for row in members
+            ],
+        )
+        for title, members in groups.items()
+    )
 
 
 def size_cards(before: Size, after: Size) -> tuple[Card, ...]:
@@ -135,14 +150,21 @@ def disk_card(evaluation: Evaluation) -> Card | None:
 def quality_cards(evaluation: Evaluation) -> tuple[Card, ...]:
     """A card per metric; the original's own value is a detail of its partner."""
     cards = []
-    for name, value in evaluation.metrics.items():
+    first = headline(evaluation)
+    for name, value in sorted(
+        evaluation.metrics.items(), key=lambda item: first is None or item[0] != first[0]
+    ):
         if name.endswith("_base") and name.removesuffix("_base") in evaluation.metrics:
             continue
         metric = metric_of(name)
         base = evaluation.metrics.get(f"{name}_base")
-        detail = f"95{fmt.SPACE}% interval {fmt.interval(value)}, n{fmt.SPACE}={fmt.SPACE}{fmt.count(value.n)}"
+        detail = (
+            f"95{fmt.SPACE}% interval {fmt.interval(value)}, n{fmt.SPACE}={fmt.SPACE}{fmt.count(value.n)}"
+        )
         if base is not None:
             detail = f"the original has {fmt.mean(base)}; {detail}"
+        if value.unit:
+            detail = f"{value.unit}; {detail}"
         cards.append(
             Card(
                 label=metric.label,
@@ -194,7 +216,7 @@ def _row(index: int, layer: LayerOutcome) -> Row:
         predicted=fmt.NONE if dense else fmt.percent(layer.predicted),
         held_out=fmt.NONE if dense else fmt.percent(layer.held_out),
         flag=_flag(layer),
-        loss=fmt.NONE if dense else fmt.figure(layer.loss),
+        loss=fmt.NONE if dense else fmt.figure(layer.loss, 2),
     )
 
 
@@ -213,18 +235,7 @@ def _stack(layer: LayerOutcome) -> str:
     return site.name.removesuffix(ending) if site.name.endswith(ending) else ""
 
 
-def _panel(
-    title: str, members: Sequence[Row], curves: Mapping[str, Sequence[float]], points: int, deepest: int
-) -> Panel:
-    lines = [
-        charts.Line(
-            index=row.index,
-            errors=charts.thinned(curves[row.full_name], points),
-            chosen=_chosen(row),
-            place=(row.layer.site.depth or 0) / max(1, deepest),
-        )
-        for row in members
-    ]
+def _panel(title: str, lines: Sequence[charts.Line]) -> Panel:
     words = f"{title}: relative error against rank, {len(lines)} layer{'s' if len(lines) > 1 else ''}"
     return Panel(title=title, drawing=charts.curves(lines, words))
 

@@ -1,0 +1,87 @@
+"""Put the figures of ``benchmarks/results`` into README.md, between its markers.
+
+    python benchmarks/readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+
+
+def read(name: str) -> Any:
+    """A result, or None where its script has not been run."""
+    path = HERE / "results" / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def quality(name: str, heading: str) -> list[str]:
+    result = read(name)
+    if result is None:
+        return []
+    lines = [heading, "", f"| {result['unit']} | 20 % removed | 40 % | 60 % |", "|---|---|---|---|"]
+    for row, by in result["rows"].items():
+        cells = [f"{v['mean']:.3f} ({v['low']:.3f}–{v['high']:.3f})" for v in by.values()]
+        bold = "**" if "default" in row else ""
+        lines.append(f"| {bold}{row}{bold} | " + " | ".join(f"{bold}{c}{bold}" for c in cells) + " |")
+    return [*lines, ""]
+
+
+def figures() -> str:
+    """The Markdown between the markers."""
+    lines = quality(
+        "quality_minilm.json",
+        "MiniLM-L6, 36 encoder maps, no training, `python benchmarks/quality.py minilm`: calibrated on docstrings, "
+        "measured on docstrings of other modules; mean (range) over three calibration samples.",
+    )
+    lines += quality(
+        "quality_causal.json",
+        "A small trained Llama (1.3 M parameters, 28 maps), `python benchmarks/quality.py causal`: rise of the "
+        "loss on held-out source code. Lower is better.",
+    )
+    rows = []
+    if (found := read("inference.json")) is not None:
+        ms = found["milliseconds"]
+        rows.append(
+            f"| MiniLM at half the parameters of its maps, batch 8 × 64, one thread | {ms['compressed']} ms "
+            f"against {ms['dense']} ms dense | {found['speedup']:.2f}× faster | `benchmarks/inference.py` |"
+        )
+    if (found := read("compress.json")) is not None:
+        rows.append(
+            f"| `eckart compress` of MiniLM, all included | {found['cpu_seconds']:.0f} s of CPU "
+            f"| target: under {found['target']} s | `benchmarks/compress.py` |"
+        )
+    if (found := read("kernel.json")) is not None:
+        rows += [f"| {row['what']} | {row['figure']} | {row['ratio']} | `benchmarks/kernel.py` |" for row in found["rows"]]
+    if (found := read("memory.json")) is not None:
+        rows.append(
+            f"| Memory of calibrating MiniLM | peak {found['peak_mb']:.0f} MB above the loaded model | moments "
+            f"{found['moments_mb']:.0f} MB + one batch {found['batch_mb']:.0f} MB | `benchmarks/memory.py` |"
+        )
+    if rows:
+        lines += ["| what | measured | ratio | script |", "|---|---|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    fresh = f"{head}{BEGIN}\n{figures()}{END}{tail}"
+    if "--check" in sys.argv:
+        if fresh != text:
+            print("README.md is stale; run: python benchmarks/readme.py")
+            return 1
+        return 0
+    README.write_text(fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

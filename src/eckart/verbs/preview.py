@@ -1,0 +1,228 @@
+"""``eckart.preview``: what a compression would cost and give, before any long work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from eckart.apply.decide import default_allocation, element_size, forms_of, rest_of
+from eckart.arch import check_finite, find_sites, fingerprint, model_size, site_size
+from eckart.compression import get_method, options_for
+from eckart.errors import InputError, problems
+from eckart.moments import Moments
+from eckart.planning import Allocation, Curve, Plan, check, choices_for, solve
+from eckart.records import Budget, FormKind, Progress, Site, Size, silent
+from eckart.verbs.calibrate import Gradients
+from eckart.verbs.models import DataLike, ModelLike, as_loaded
+from eckart.verbs.plan import DEFAULT_METHOD, FORMS, as_moments, budget_from
+
+DOUBLE = 8
+"""Bytes of a float64 number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """An estimate. Ranks are those of equal shares at every site; a global budget will move them."""
+
+    steps: tuple[Mapping[str, Any], ...]
+    """site, form, rank, out, in, parameters before and after; empty where only a calibration is previewed."""
+    sites_before: Size
+    sites_after: Size
+    model_before: Size
+    model_after: Size
+    moments_bytes: int
+    """What the moments take in memory and, at most, on disk."""
+    peak_memory_bytes: int
+    """Model, moments and the work space of the largest decomposition; batches come on top."""
+    disk_bytes: int
+    """What will be written."""
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+
+def preview(
+    model: ModelLike,
+    *,
+    tokenizer: Any = None,
+    data: DataLike | None = None,
+    moments: Moments | str | None = None,
+    plan: Plan | str | None = None,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    keep: float | None = None,
+    budget: Budget | None = None,
+    allocation: Allocation | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    embeddings: bool = False,
+    head: bool = False,
+    forms: Sequence[FormKind] = FORMS,
+    rank_multiple: int = 1,
+    min_rank: int = 1,
+    part: str = "calibration",
+    field: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    batch_size: int = 16,
+    gradients: Gradients = "full",
+    probes: int | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> Preview:
+    """Check everything that needs no computation and say what ``compress`` (or ``calibrate``) would take.
+
+    Same arguments as :func:`eckart.compress`; without budget and plan only the calibration is previewed.
+    Raises the same errors as the real run does before its long work.
+    """
+    chosen = get_method(method or DEFAULT_METHOD)
+    options_for(chosen, options or {})
+    loaded = as_loaded(model, tokenizer, dtype=dtype, device=device)
+    given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
+    everything = given is not None
+    sites = find_sites(
+        loaded.model,
+        include=include,
+        exclude=exclude,
+        embeddings=embeddings or everything,
+        head=head or everything,
+    )
+    if given is not None:
+        given.check_model(fingerprint(loaded.model))
+        check(given, sites)
+        named = {step.site for step in given.steps}
+        sites = tuple(site for site in sites if site.name in named)
+    check_finite(loaded.model, sites)
+    known = as_moments(moments)
+    if known is not None:
+        known.check(fingerprint(loaded.model))
+    before = model_size(loaded.model)
+    dense = {site.name: site_size(site, element_size(loaded.model, site)) for site in sites}
+    nothing = Size(parameters=0, bytes=0, macs=0)
+    sites_before = sum(dense.values(), nothing)
+    notes = [f"data, samples and seed do not change these figures (seed {seed})"] if data is not None else []
+    notes = []
+    picked: Mapping[str, tuple[FormKind, int, Size]]
+    if given is not None:
+        picked = _planned(given, sites, loaded.model)
+    elif keep is None and budget is None:
+        picked = {}
+    else:
+        wanted = budget_from(keep, budget)
+        if wanted.loss is not None:
+            raise InputError("a ceiling on the loss cannot be previewed: its ranks need the moments.")
+        if (allocation or default_allocation(chosen)) != "uniform":
+            notes.append("ranks are shown at equal shares; the real run moves them between sites")
+        wrong = [f"{site.name}: {why}" for site in sites if (why := chosen.fits(site))]
+        if wrong:
+            raise InputError(problems(f"method {chosen.name!r} cannot take every site", wrong))
+        picked = _equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
+    sites_after = sum((size for _, _, size in picked.values()), nothing) if picked else sites_before
+    after = Size(
+        parameters=before.parameters - sites_before.parameters + sites_after.parameters,
+        bytes=before.bytes - sites_before.bytes + sites_after.bytes,
+        macs=before.macs - sites_before.macs + sites_after.macs,
+    )
+    collected = 0 if data is None and known is None else _moments_bytes(sites, gradients)
+    largest = max((_work_bytes(site) for site in sites), default=0)
+    return Preview(
+        steps=tuple(_row(site, picked[site.name], dense[site.name]) for site in sites if picked),
+        sites_before=sites_before,
+        sites_after=sites_after,
+        model_before=before,
+        model_after=after,
+        moments_bytes=collected,
+        peak_memory_bytes=before.bytes + collected + largest + (_factor_bytes(sites) if picked else 0),
+        disk_bytes=after.bytes if picked else collected,
+        notes=tuple(notes),
+    )
+
+
+def _row(site: Site, picked: tuple[FormKind, int, Size], dense: Size) -> dict[str, Any]:
+    form, rank, size = picked
+    return {
+        "site": site.name,
+        "out": site.out_features,
+        "in": site.in_features,
+        "form": form,
+        "rank": rank,
+        "parameters_before": dense.parameters,
+        "parameters_after": size.parameters,
+    }
+
+
+def _equal_shares(
+    model: Any,
+    sites: Sequence[Site],
+    budget: Budget,
+    forms: Sequence[FormKind],
+    rank_multiple: int,
+    min_rank: int,
+) -> dict[str, tuple[FormKind, int, Size]]:
+    curves = []
+    for site in sites:
+        flat = numpy.linspace(1.0, 0.0, site.full_rank + 1)
+        choices = choices_for(
+            site,
+            flat,
+            scale=1.0,
+            forms=forms_of(model, site, forms),
+            rank_multiple=rank_multiple,
+            min_rank=min_rank,
+            bytes_per_number=element_size(model, site),
+        )
+        curves.append(Curve(site=site, choices=choices))
+    picked = solve(curves, budget, rest_of(model, sites), allocation="uniform")
+    return {
+        site.name: (choice.form, choice.rank, choice.size)
+        for site, choice in zip(sites, picked, strict=True)
+    }
+
+
+def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[FormKind, int, Size]]:
+    steps = {step.site: step for step in plan.steps}
+    found: dict[str, tuple[FormKind, int, Size]] = {}
+    for site in sites:
+        step = steps[site.name]
+        choices = choices_for(
+            site,
+            numpy.zeros(site.full_rank + 1),
+            scale=1.0,
+            forms=(step.form,),
+            rank_multiple=1,
+            min_rank=1,
+            bytes_per_number=element_size(model, site),
+        )
+        chosen = next(c for c in choices if c.form == step.form and (c.form == "dense" or c.rank == step.rank))
+        found[site.name] = (step.form, step.rank, chosen.size)
+    return found
+
+
+def _moments_bytes(sites: Sequence[Site], gradients: str) -> int:
+    """Both halves, in float64, not counting that sites share inputs: an upper bound."""
+    total = 0
+    for site in sites:
+        n, m = site.in_features, site.out_features
+        inputs = n if site.kind == "embedding" else n * n
+        outputs = {"full": m * m, "scale": 1, "none": 0}[gradients]
+        total += 2 * site.slices * (inputs + outputs) * DOUBLE
+    return total
+
+
+def _work_bytes(site: Site) -> int:
+    """Matrices of one decomposition: K, its eigenvectors, a root, and the products with W."""
+    small = site.full_rank
+    return DOUBLE * (4 * small * small + 4 * site.out_features * site.in_features)
+
+
+def _factor_bytes(sites: Sequence[Site]) -> int:
+    """The decompositions of all sites, which are kept until ranks are decided."""
+    return sum(DOUBLE * s.slices * s.full_rank * (s.out_features + s.in_features) for s in sites)
