@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +102,13 @@ def method(name: str, *needs: str) -> SimpleNamespace:
 METHODS = (method("svd"), method("kfac", "second", "gradient"))
 
 
+PREVIEW = {
+    "steps": ({"site": "layers.0.q", "form": "lowrank", "rank": 2},),
+    **{name: asdict(LARGE) for name in ("sites_before", "sites_after", "model_before", "model_after")},
+    **{"moments_bytes": 10_000, "peak_memory_bytes": 2_000_000, "disk_bytes": 3_000, "notes": ("a note",)},
+}
+
+
 @dataclass
 class Verbs:
     """What the verbs were called with, and what they do instead of working."""
@@ -173,7 +180,7 @@ def verbs(monkeypatch) -> Verbs:
     stand_in("plan", FakePlan("plan"))
     stand_in("compress", SimpleNamespace(outcome=OUTCOME, plan=FakePlan("plan")))
     stand_in("save", lambda compressed, folder, **_: written(folder))
-    stand_in("preview", SimpleNamespace(to_json=lambda: {"ranks": [{"site": "layers.0.q", "rank": 2}]}))
+    stand_in("preview", SimpleNamespace(to_json=lambda: PREVIEW))
     stand_in("evaluate", EVALUATION)
     stand_in("export", lambda directory, to, folder, **_: written(folder))
     stand_in("claims", verdicts)

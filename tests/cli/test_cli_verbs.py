@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 
 import pytest
-from conftest import METHODS
+from conftest import METHODS, PREVIEW
 
 import eckart
 from eckart.errors import BudgetError, FileError, MismatchError, NotFiniteError
@@ -100,9 +101,9 @@ def test_svd_needs_neither_data_nor_moments(run, verbs, tmp_path):
             ("compress", "m", "-o", "OUT", "--data", "stdlib:source", "--keep", ".6"),
             {"folder", "outcome", "plan"},
         ),
-        (("compress", "m", "--data", "stdlib:source", "--keep", ".6", "--dry-run"), {"ranks"}),
-        (("calibrate", "m", "--data", "stdlib:source", "--dry-run"), {"ranks"}),
-        (("plan", "m", "--method", "svd", "--keep", ".6", "--dry-run"), {"ranks"}),
+        (("compress", "m", "--data", "stdlib:source", "--keep", ".6", "--dry-run"), set(PREVIEW)),
+        (("calibrate", "m", "--data", "stdlib:source", "--dry-run"), set(PREVIEW)),
+        (("plan", "m", "--method", "svd", "--keep", ".6", "--dry-run"), set(PREVIEW)),
         (("evaluate", "m", "--against", "b", "--data", "stdlib:source"), {"evaluation"}),
         (("export", "IN", "--to", "dense", "-o", "OUT"), {"folder", "to", "bytes"}),
         (("methods",), {"methods"}),
@@ -224,13 +225,15 @@ def test_only_the_first_process_prints_and_writes(run, verbs, tmp_path, monkeypa
 
 
 def test_doctor_fails_where_the_folder_is_not_whole(run, monkeypatch, tmp_path):
-    from dataclasses import dataclass
 
     @dataclass
     class State:
         path: str
         whole: bool
         problems: tuple[str, ...] = ()
+
+        def to_json(self):
+            return asdict(self)
 
     monkeypatch.setitem(vars(eckart), "doctor", lambda path: State(path, True))
     assert run("doctor", tmp_path).code == 0

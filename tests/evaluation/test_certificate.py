@@ -1,8 +1,7 @@
-"""Prediction beside measurement, and records that survive JSON."""
+"""Prediction beside measurement, the whole record, and the clock."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from eckart.errors import InputError
 from eckart.evaluation import (
     certify,
     evaluate_embeddings,
-    evaluation_from_json,
-    evaluation_to_json,
     finish,
     layer_warnings,
     measure_latency,
@@ -155,33 +152,14 @@ def full_evaluation(folder: Path) -> Evaluation:
     )
 
 
-def test_the_whole_record_and_json_both_ways(tmp_path: Path) -> None:
+def test_the_whole_record(tmp_path: Path) -> None:
     found = full_evaluation(tmp_path)
     assert found.model_size.parameters == 16 * 2 + 2 * 16 + 16
     assert found.base_size.macs == 256
     assert found.disk_bytes == {"base": 5}
     assert found.protocol["data"] == "x.txt"
-    content = json.loads(json.dumps(evaluation_to_json(found)))
-    assert content["latency"][0]["speedup"] == found.latency[0].speedup
-    assert evaluation_from_json(content) == found
-
-
-def test_all_problems_of_bad_json_are_told_at_once(tmp_path: Path) -> None:
-    content = evaluation_to_json(full_evaluation(tmp_path))
-    content["metrics"]["cosine"]["mean"] = "high"
-    content["extra"] = 1
-    content["task"] = "embeding"
-    del content["base_size"]
-    with pytest.raises(InputError) as caught:
-        evaluation_from_json(content)
-    for part in ("4 problems", "metrics.cosine.mean", "'extra'", "base_size is missing", "'embedding'"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [None, [], "x", {}])
-def test_something_else_is_refused(content: Any) -> None:
-    with pytest.raises(InputError, match="not an evaluation"):
-        evaluation_from_json(content)
+    assert [one.batch for one in found.latency] == [1, 32]
+    assert found.latency[0].speedup == found.latency[0].base / found.latency[0].model
 
 
 def test_latency_takes_turns_and_leaves_the_threads() -> None:

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from eckart.errors import InputError, NotFiniteError
 from eckart.evaluation import evaluate_embeddings, resample
-from eckart.evaluation.embeddings import neighbour_overlap
+from eckart.evaluation.embeddings import _correlation, _pair_ranks, neighbour_overlap
 
 
 def cloud(n: int = 60, d: int = 12, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -55,8 +55,6 @@ def test_rank_correlation_is_that_of_scipy() -> None:
 
 def test_resampled_correlation_is_the_one_over_drawn_pairs() -> None:
     """The quadratic forms against a loop over every pair of drawn sentences."""
-    from eckart.evaluation.embeddings import _correlation, _pair_ranks
-
     R, Q = _pair_ranks(normalize(cloud(9, seed=1))), _pair_ranks(normalize(cloud(9, seed=2)))
     c = resample(9, resamples=1, seed=4)
     ones = torch.ones(9, 9, dtype=torch.float64).fill_diagonal_(0)

@@ -36,7 +36,7 @@ def bert() -> nn.Module:
 
 def t5() -> nn.Module:
     return tf.T5ForConditionalGeneration(
-        tf.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
+        tf.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0)
     )
 
 

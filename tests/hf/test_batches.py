@@ -79,7 +79,7 @@ def test_sentences_are_all_there_sorted_and_masked(minilm: LoadedModel) -> None:
 def test_long_sentences_are_cut_and_counted(minilm: LoadedModel) -> None:
     batches = text_batches(minilm, TEXT, length=8)
     assert max(batch["input_ids"].shape[1] for batch in batches) == 8
-    assert batches.truncated == 2
+    assert batches.truncated == 3
     tokenizer: Any = minilm.tokenizer
     assert batches[0]["input_ids"][-1, -1] == tokenizer.sep_token_id
 
@@ -151,6 +151,39 @@ def test_samples_take_the_first_windows(testbed: LoadedModel) -> None:
     every, some = (text_batches(testbed, text, length=16, samples=n) for n in (None, 5))
     assert (some.rows, some.tokens) == (5, 80)
     assert torch.equal(some[0]["input_ids"], every[0]["input_ids"][:5])
+
+
+def test_a_seed_draws_windows_and_sentences_from_all_over(testbed: LoadedModel, minilm: LoadedModel) -> None:
+    text = ["".join(f"x{i} = {i}\n" for i in range(500))]
+    every, first, one, again, other = (
+        torch.cat([batch["input_ids"] for batch in text_batches(testbed, text, length=16, **how)])  # type: ignore[arg-type]
+        for how in (
+            {},
+            {"samples": 5},
+            {"samples": 5, "seed": 1},
+            {"samples": 5, "seed": 1},
+            {"samples": 5, "seed": 2},
+        )
+    )
+    assert torch.equal(one, again)
+    assert not torch.equal(one, first)
+    assert not torch.equal(one, other)
+    rows = every.tolist()
+    places = [rows.index(row) for row in one.tolist()]
+    assert places == sorted(set(places))
+    sentences = [f"sentence {i}" for i in range(50)]
+    assert text_batches(minilm, sentences, samples=7, seed=3).rows == 7
+
+
+def test_bytes_follow_the_windows_that_are_drawn(testbed: LoadedModel) -> None:
+    text = ["".join(("é" if i % 2 else "e") * (i % 7) + "\n" for i in range(900))]
+    every = text_batches(testbed, text, length=16, batch_size=1000)
+    some = text_batches(testbed, text, length=16, batch_size=1000, samples=6, seed=4)
+    rows = every[0]["input_ids"].tolist()
+    for row, size in zip(some[0]["input_ids"].tolist(), some.row_bytes[0], strict=True):
+        assert float(size) in {
+            float(other) for r, other in zip(rows, every.row_bytes[0], strict=True) if r == row
+        }
 
 
 def test_a_masked_model_reads_windows_with_its_special_tokens(minilm: LoadedModel) -> None:
@@ -269,6 +302,23 @@ class TestMeasure:
         found = measure(other, base, ["one two three four five " * 100], length=16)
         assert found.metrics["kl"].low > 0
         assert [one.batch for one in found.latency] == [1, 32]
+
+    def test_batches_that_are_ready(self, minilm: LoadedModel) -> None:
+        torch.manual_seed(0)
+        config = transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=32
+        )
+        images = wrap_model(transformers.ViTForImageClassification(config))
+        batches = [{"pixel_values": torch.randn(6, 3, 32, 32)} for _ in range(2)]
+        found = measure(images, images, batches, protocol={"data": "noise"})
+        assert (found.metrics["kl"].mean, found.metrics["agreement"].mean) == (0, 1)
+        assert [(one.batch, one.length) for one in found.latency] == [(1, 1), (32, 1)]
+        causal = tiny(minilm, "LlamaForCausalLM")
+        windows = torch.randint(100, (6, 12), generator=torch.Generator().manual_seed(0))
+        assert measure(causal, causal, [windows], latency=False).metrics["loss_rise"].mean == 0
+        assert "bits_per_byte" not in measure(causal, causal, [windows], latency=False).metrics
+        with pytest.raises(InputError, match="got both"):
+            measure(causal, causal, [windows, "text"], latency=False)  # type: ignore[list-item]
 
     def test_models_that_do_not_belong_together(self, minilm: LoadedModel, testbed: LoadedModel) -> None:
         with pytest.raises(MismatchError, match="a model for causal-lm"):

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from factored_tiny_models import MODELS, build, factor, output
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eckart.errors import FileError, InputError
 from eckart.hf.models import load_model, task_of, wrap_model
+from eckart.hf.registry import prepare_for_saving
 
 TINY = {
     "hidden_size": 16,
@@ -166,8 +168,6 @@ def test_no_pooler_of_random_weights_is_put_on(tmp_path: Path) -> None:
 
 
 def test_missing_weights_are_an_error(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     gone = "encoder.layer.1.output.dense.weight"
     del weights[gone]
@@ -268,6 +268,17 @@ def test_models_in_memory() -> None:
     )
     assert not model.training
     assert wrap_model(nn.Linear(2, 2)).task == "logits"
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_compressed_folders_load_like_others(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    factor(model, ("lowrank", "pivoted"))
+    prepare_for_saving(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(output(loaded.model), output(model.eval()))
+    assert loaded.task == task_of(type(model).__name__)
 
 
 def test_a_broken_tokenizer_is_an_error(minilm: Path, tmp_path: Path) -> None:

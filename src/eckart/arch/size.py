@@ -16,7 +16,8 @@ def model_size(model: nn.Module) -> Size:
     entries, a convolution those of one output position, an embedding table nothing, since it is looked
     up. A mixture of experts counts all of its experts, an upper bound of what a token meets. A module
     that is called more than once per token counts once; so does each module of a shared weight.
-    The layers that Eckart puts in count by the same rules.
+    The layers that Eckart puts in count by the same rules; one that multiplies by weights of
+    another module says so in ``own_macs``.
     """
     distinct = list(model.parameters())
     persistent = set(model.state_dict(keep_vars=True))
@@ -44,6 +45,9 @@ def site_size(site: Site, element_size: int, *, heads: int | None = None) -> Siz
 
 
 def _macs(module: nn.Module) -> int:
+    stated = getattr(module, "own_macs", None)
+    if isinstance(stated, int):
+        return stated
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return 0
     own = {name: p for name, p in module._parameters.items() if p is not None}

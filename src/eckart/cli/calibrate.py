@@ -34,7 +34,7 @@ def calibrate(recipe: CalibrateRecipe, terminal: Terminal, dry_run: bool) -> Non
     if dry_run:
         with terminal.working() as progress:
             preview = eckart.preview(str(recipe.model), **asked, progress=progress)
-        terminal.result(preview.to_json(), lambda console: render.tree(console, preview.to_json()))
+        terminal.result(preview.to_json(), lambda console: render.preview(console, preview.to_json()))
         return
     start = time.perf_counter()
     data = asked.pop("data")

@@ -108,7 +108,7 @@ def output_problems(
         and not any((path / n).exists() for n in ("eckart.json", "config.json"))
     ):
         return [f"-o: {output} holds something that is no model and is not replaced; name another folder."]
-    if not overwrite:
+    if not overwrite and not (folder and not any(path.iterdir())):
         return [f"-o: {output} exists; give --overwrite to replace it, or name another place."]
     return [] if os.access(path, os.W_OK) else [f"-o: {output} is not writable."]
 

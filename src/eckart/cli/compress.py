@@ -39,9 +39,10 @@ def compress(recipe: CompressRecipe, terminal: Terminal, dry_run: bool) -> None:
     if budget is not None:
         asked["budget"] = budget
     if dry_run:
+        asked.pop("certify", None)
         with terminal.working() as progress:
             preview = eckart.preview(str(recipe.model), **asked, progress=progress)
-        terminal.result(preview.to_json(), lambda console: render.tree(console, preview.to_json()))
+        terminal.result(preview.to_json(), lambda console: render.preview(console, preview.to_json()))
         return
     folder = Path(str(output.folder))
     with terminal.working(folder) as progress:

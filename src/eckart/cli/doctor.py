@@ -9,7 +9,6 @@ import typer
 import eckart
 from eckart.cli import render
 from eckart.cli.flags import Json, Quiet
-from eckart.cli.plain import as_plain
 from eckart.cli.terminal import Terminal
 
 
@@ -20,11 +19,11 @@ def doctor(
 ) -> None:
     """Say what is in DIR, where it loads, and whether it is whole. Exits with 1 where it is not.
 
-    JSON: folder (what was found).
+    JSON: path, kind, whole, loads, architecture, weight_files, problems and more.
     """
     terminal = Terminal(json=as_json, quiet=quiet)
     with terminal.working():
         state = eckart.doctor(directory)
-    terminal.result({"folder": state}, lambda console: render.tree(console, as_plain(state)))
+    terminal.result(state.to_json(), lambda console: render.folder(console, state.to_json()))
     if not state.whole:
         raise typer.Exit(1)

@@ -32,7 +32,7 @@ def plan(recipe: PlanRecipe, terminal: Terminal, dry_run: bool) -> None:
     if dry_run:
         with terminal.working() as progress:
             preview = eckart.preview(str(recipe.model), **asked, progress=progress)
-        terminal.result(preview.to_json(), lambda console: render.tree(console, preview.to_json()))
+        terminal.result(preview.to_json(), lambda console: render.preview(console, preview.to_json()))
         return
     path = Path(str(recipe.output.file))
     moments = asked.pop("moments", None)

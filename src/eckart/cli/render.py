@@ -74,6 +74,38 @@ def evaluation(console: Console, found: Evaluation) -> None:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 
 
+def preview(console: Console, content: Mapping[str, Any]) -> None:
+    """What a run would give and take."""
+    if content["steps"]:
+        console.print(_records(content["steps"]), "")
+    table = _table("", "before", "after", "kept")
+    for part in ("sites", "model") if content["steps"] else ():
+        before, after = content[f"{part}_before"], content[f"{part}_after"]
+        for name, show in (("parameters", fmt.count), ("bytes", fmt.human_bytes), ("macs", fmt.count)):
+            words = "multiply-adds" if name == "macs" else name
+            kept = fmt.share(after[name] / max(1, before[name]))
+            table.add_row(f"{part}: {words}", show(before[name]), show(after[name]), kept)
+    if content["steps"]:
+        console.print(table, "")
+    for name, words in (
+        ("moments_bytes", "moments"),
+        ("peak_memory_bytes", "peak memory"),
+        ("disk_bytes", "disk"),
+    ):
+        _line(console, f"{words:12} {fmt.human_bytes(content[name])}")
+    for note in content["notes"]:
+        _line(console, f"note: {note}")
+
+
+def folder(console: Console, content: Mapping[str, Any]) -> None:
+    """What the doctor found; the long tables of modules and the manifest only under ``--json``."""
+    tree(
+        console, {name: content[name] for name in content if name not in ("modules", "manifest", "problems")}
+    )
+    for problem in content["problems"]:
+        console.print(Text(f"problem: {problem}", style="red"), soft_wrap=True)
+
+
 def moments(console: Console, payload: Mapping[str, Any]) -> None:
     """What a calibration gathered."""
     _line(console, f"{len(payload['sites'])} sites in {fmt.seconds(payload['seconds'])}")

@@ -83,6 +83,8 @@ class Terminal:
     def _progress(self) -> Iterator[Progress]:
         console = Console(stderr=True)
         if self.quiet or not self.leading or not console.is_terminal:
+            # Read when transformers is imported, which happens inside of the work: its bars follow ours.
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             yield silent
             return
         bars = Bars(

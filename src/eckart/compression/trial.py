@@ -41,7 +41,7 @@ def uniform_rank(weight: Tensor, keep: float) -> int:
 def rise(
     decompose: Decompose, moments: Mapping[str, SiteMoments], keep: float, names: Sequence[str] = LINEAR
 ) -> float:
-    """Held-out loss rise (nats per byte) with the maps ``names`` cut to the share ``keep`` of their parameters."""
+    """Held-out loss rise (nats per byte) with ``names`` cut to the share ``keep`` of their parameters."""
     problem = learned_problem()
     forms = {}
     for name in names:
@@ -50,9 +50,9 @@ def rise(
     return problem.rise(forms)
 
 
-def rises(decompose: Decompose) -> dict[float, float]:
-    """For each of the KEEPS the loss rise, as a mean over the calibration samples."""
-    return {keep: fmean(rise(decompose, moments, keep) for moments in calibrations()) for keep in KEEPS}
+def rises(decompose: Decompose, keeps: Sequence[float] = KEEPS) -> dict[float, float]:
+    """For each of ``keeps`` the loss rise, as a mean over the calibration samples."""
+    return {keep: fmean(rise(decompose, moments, keep) for moments in calibrations()) for keep in keeps}
 
 
 def as_figures(name: str, rises: Mapping[float, float]) -> dict[str, float]:

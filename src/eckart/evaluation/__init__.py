@@ -6,7 +6,6 @@ from eckart.evaluation.embeddings import evaluate_embeddings
 from eckart.evaluation.language import evaluate_causal, evaluate_logits, evaluate_masked
 from eckart.evaluation.latency import measure_latency
 from eckart.evaluation.measured import Forward, Measured, disk_bytes, finish
-from eckart.evaluation.record import evaluation_from_json, evaluation_to_json
 
 __all__ = [
     "Certificate",
@@ -20,8 +19,6 @@ __all__ = [
     "evaluate_embeddings",
     "evaluate_logits",
     "evaluate_masked",
-    "evaluation_from_json",
-    "evaluation_to_json",
     "finish",
     "layer_warnings",
     "measure_latency",

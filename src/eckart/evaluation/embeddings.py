@@ -73,7 +73,8 @@ def cosines(one: Tensor, two: Tensor) -> Tensor:
 def neighbour_overlap(one: Tensor, two: Tensor, k: int) -> Tensor:
     """(n,): share of the k nearest other rows, by cosine, that are the same in both sets of unit rows."""
     shares = []
-    for rows in torch.arange(len(one)).split(512):
+    for start in range(0, len(one), 512):
+        rows = torch.arange(start, min(start + 512, len(one)))
         near = torch.zeros(2, len(rows), len(one), dtype=torch.bool)
         for side, E in enumerate((one, two)):
             similarity = E[rows] @ E.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping
 
 import torch
@@ -21,7 +22,7 @@ def initial_parameters(generator: torch.Generator) -> dict[str, Tensor]:
     """Random float32 weights of unit gain, zero biases; weights (out, in), the embedding (bytes, width)."""
 
     def gaussian(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
 
     return {
         "embed.weight": torch.randn(VOCABULARY, EMBEDDING, generator=generator) / 2,

@@ -12,11 +12,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from eckart.data import read_texts
 from eckart.errors import InputError, unknown
 from eckart.evidence.network import CONTEXT, EMBEDDING, HIDDEN, VOCABULARY, WIDTH, forward, train
 from eckart.forms import Form
@@ -32,6 +34,9 @@ SITES = (
 )
 """The maps of the network. ``up`` and ``head`` read the output of a layer norm, so their centred
 covariance is singular, as in real transformers; ``up`` is tall, ``down`` and ``mix`` are wide."""
+
+MODULES = 200
+"""Source files read of either part of the standard library."""
 
 HELD_OUT_BYTES = 20_000
 """Predictions behind every figure of :meth:`Problem.rise`."""
@@ -51,7 +56,7 @@ class Problem:
     """Cross-entropy of the network on ``held_out``, nats per byte."""
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """``{"weight": (out, in), "bias": (out,)}`` of one map, float32; the embedding transposed, without bias."""
+        """``{"weight": (out, in), "bias": (out,)}`` of a map, float32; the embedding transposed, no bias."""
         if name not in {site.name for site in SITES}:
             raise InputError(unknown("map", name, [site.name for site in SITES]))
         if name == "embed":
@@ -129,7 +134,7 @@ def _linear_moments(x: Tensor, g: Tensor) -> SiteMoments:
 
 
 def _embedding_moments(entries: Tensor, g: Tensor, units: int) -> SiteMoments:
-    """Moments of a table from its look-ups and their gradients (…, width): one-hot x, so E[x xᵀ] is diagonal."""
+    """Moments of a table from look-ups and their gradients (…, width): x is one-hot, E[x xᵀ] diagonal."""
     entries, g = entries.flatten(), g.flatten(0, -2)
     n = entries.numel()
     g_norms = g.square().sum(1)
@@ -151,11 +156,11 @@ def _held_out_loss(parameters: Mapping[str, Tensor], windows: Tensor) -> float:
     return float(cross_entropy(forward(parameters, sample[:, :CONTEXT]), sample[:, CONTEXT]))
 
 
-def _windows(part: str) -> Tensor:
-    """(n, 9) uint8: every run of nine bytes within a module of the standard library."""
+def _windows(part: Literal["calibration", "evaluation"]) -> Tensor:
+    """(n, 9) uint8: every run of nine bytes within the modules of one part."""
     texts = read_texts("stdlib:source", part=part, limit=MODULES).texts
-    cut = [torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for text in texts]
-    return torch.cat([b.unfold(0, CONTEXT + 1, 1) for b in cut if b.numel() > CONTEXT])
+    modules = [torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for text in texts]
+    return torch.cat([m.unfold(0, CONTEXT + 1, 1) for m in modules if m.numel() > CONTEXT])
 
 
 @functools.cache

@@ -19,6 +19,8 @@ DEFAULT_LENGTH: dict[Task, int] = {"embedding": 128, "causal-lm": 256, "masked-l
 DEFAULT_SAMPLES: dict[Task, int] = {"embedding": 512, "causal-lm": 200, "masked-lm": 200, "logits": 200}
 """Sentences or windows of a calibration: 200 windows of 256 are 51,200 tokens."""
 
+_POOL = 1 << 20
+"""Tokens out of which windows are drawn with a seed."""
 _BLOCK = 1 << 16
 
 
@@ -66,6 +68,7 @@ def text_batches(
     length: int | None = None,
     batch_size: int = 16,
     samples: int | None = None,
+    seed: int | None = None,
 ) -> TextBatches:
     """Tokenised batches on the device of the model, of what its task reads.
 
@@ -73,7 +76,9 @@ def text_batches(
     padded; ``attention_mask`` marks the padding. All others get the first ``samples`` windows of exactly
     ``length`` tokens of the texts joined by line breaks, each with the special tokens that the tokenizer puts
     around a text (a causal model's window gets only those in front); what does not fill a window is dropped.
-    An encoder-decoder reads the first half of a window and predicts the second.
+    An encoder-decoder reads the first half of a window and predicts the second. With a ``seed``, the samples
+    are drawn at random instead of being the first: out of all sentences, or out of the windows of the first
+    million tokens.
 
     Raises InputError where the model has no tokenizer, where ``length`` is more than the model takes, and
     where the texts are empty or too short for one window.
@@ -93,8 +98,19 @@ def text_batches(
     if not texts:
         raise InputError("the data holds no text: every entry is empty. Give a file with text in it.")
     if loaded.task == "embedding":
-        return _sentences(loaded, texts[:samples], length, batch_size)
-    return _windows(loaded, texts, length, batch_size, samples)
+        chosen = [texts[i] for i in _draw(len(texts), samples, seed)]
+        return _sentences(loaded, chosen, length, batch_size)
+    return _windows(loaded, texts, length, batch_size, samples, seed)
+
+
+def _draw(n: int, samples: int | None, seed: int | None) -> list[int]:
+    """Which of n are taken, in order: the first, or with a seed any."""
+    if samples is None or samples >= n:
+        return list(range(n))
+    if seed is None:
+        return list(range(samples))
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(n, generator=generator)[:samples].tolist())
 
 
 def _sentences(loaded: LoadedModel, texts: Sequence[str], length: int, batch_size: int) -> TextBatches:
@@ -124,13 +140,18 @@ def _sentences(loaded: LoadedModel, texts: Sequence[str], length: int, batch_siz
 
 
 def _windows(
-    loaded: LoadedModel, texts: Sequence[str], length: int, batch_size: int, samples: int | None
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    length: int,
+    batch_size: int,
+    samples: int | None,
+    seed: int | None,
 ) -> TextBatches:
     prefix, suffix = _special_tokens(loaded.tokenizer)
     if loaded.task == "causal-lm":
         suffix = []
     body = length - len(prefix) - len(suffix)
-    wanted = None if samples is None else samples * body
+    wanted = None if samples is None else max(samples * body, 0 if seed is None else _POOL)
     parts: list[tuple[list[int], NDArray[numpy.float64]]] = []
     found = 0
     for block in _blocks("\n".join(texts)):
@@ -138,14 +159,19 @@ def _windows(
         found += len(parts[-1][0])
         if wanted is not None and found >= wanted:
             break
-    count = found // body if samples is None else min(found // body, samples)
-    if count == 0:
+    whole = found // body
+    if whole == 0:
         raise InputError(
             f"the data has {found} tokens, less than one window of {length}. "
             "Give more text or a smaller length."
         )
-    running = torch.tensor([token for ids, _ in parts for token in ids][: count * body]).view(count, body)
-    sizes = torch.from_numpy(numpy.concatenate([size for _, size in parts])[: count * body]).view(count, body)
+    chosen = _draw(whole, samples, seed)
+    count = len(chosen)
+    running = torch.tensor([token for ids, _ in parts for token in ids][: whole * body]).view(whole, body)[
+        chosen
+    ]
+    sizes = torch.from_numpy(numpy.concatenate([size for _, size in parts])[: whole * body])
+    sizes = sizes.view(whole, body)[chosen]
     scored = sizes.sum(1) if prefix else sizes[:, 1:].sum(1)
     front, back = torch.tensor([prefix] * count), torch.tensor([suffix] * count)
     config = getattr(loaded.model, "config", None)
@@ -159,7 +185,7 @@ def _windows(
             {key: value[start : start + batch_size].to(loaded.device) for key, value in rows.items()}
             for start in range(0, count, batch_size)
         ),
-        row_bytes=scored.split(batch_size),
+        row_bytes=tuple(scored[start : start + batch_size] for start in range(0, count, batch_size)),
         unit="window",
         length=length,
         tokens=count * length,

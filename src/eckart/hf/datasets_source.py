@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from eckart.data import TextData, read_texts
 from eckart.errors import InputError, unknown
@@ -23,7 +23,7 @@ _BUFFER = 10_000
 def texts_of(
     spec: str,
     *,
-    part: Literal["calibration", "evaluation"] = "calibration",
+    part: str = "calibration",
     limit: int | None = None,
     seed: int = 0,
     field: str | None = None,
@@ -37,7 +37,7 @@ def texts_of(
 def read_dataset(
     spec: str,
     *,
-    part: Literal["calibration", "evaluation"] = "calibration",
+    part: str = "calibration",
     limit: int | None = None,
     seed: int = 0,
     field: str | None = None,
@@ -75,10 +75,7 @@ def read_dataset(
         ) from error
     if not texts:
         raise InputError(f"{spec!r} holds no text in the field {column!r}. Name another with --field.")
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    return TextData(
-        texts=tuple(texts), name=f"{PREFIX}{name}:{config or 'default'}:{chosen}", sha256=digest, part=part
-    )
+    return TextData.of(texts, part=part, name=f"{PREFIX}{name}:{config or 'default'}:{chosen}")
 
 
 def parse_spec(spec: str) -> tuple[str, str | None, str | None]:

@@ -12,19 +12,19 @@ from torch import Tensor
 from eckart.errors import InputError
 from eckart.linalg.exact import as_float64, column_signs
 
-Method = Literal["auto", "full", "gram", "randomized"]
+Algorithm = Literal["full", "gram", "randomized"]
 
 _SMALL = 256
 """Up to this smaller side the full decomposition costs milliseconds, so nothing else is tried."""
 _FEW = 8
-"""Random projection is tried where the rank is at most 1/8 of the smaller side; above it costs as much as eigh."""
+"""Random projection is tried up to a rank of 1/8 of the smaller side; above, it costs as much as eigh."""
 _TRUSTED = 1e-4
 """Smallest σ_k / σ_1 that the Gram matrix of float64 data may settle: relative error of σ_k about 2e-8."""
 
 
 @dataclass(frozen=True)
 class SVD:
-    """A ≈ U diag(S) Vh in float64 on the CPU. The entry of largest magnitude in each column of U is positive."""
+    """A ≈ U diag(S) Vh, float64 on the CPU; the largest entry by magnitude of each column of U is positive."""
 
     U: Tensor
     """(m, k), orthonormal columns."""
@@ -32,7 +32,7 @@ class SVD:
     """(k,), never rising."""
     Vh: Tensor
     """(k, n), orthonormal rows."""
-    method: Literal["full", "gram", "randomized"]
+    method: Algorithm
     """What was run in the end."""
     error_bound: float
     """(‖A − U diag(S) Vh‖_F − the least possible) / ‖A‖_F is at most this; 0 for the exact methods."""
@@ -42,7 +42,7 @@ def truncated_svd(
     A: Tensor,
     rank: int,
     *,
-    method: Method = "auto",
+    method: Algorithm | Literal["auto"] = "auto",
     oversample: int = 10,
     power: int = 2,
     rtol: float = 1e-2,
@@ -53,8 +53,8 @@ def truncated_svd(
     Whatever the dtype of A, the work is done in float64. ``method``:
 
     - ``full``: LAPACK's divide and conquer. Every singular value to eps · σ₁.
-    - ``gram``: ``eigh`` of the Gram matrix of the smaller side, several times faster. It squares the condition:
-      the relative error of σ_i is about eps · (σ₁/σ_i)², so values below 1e-8 σ₁ are rounding.
+    - ``gram``: ``eigh`` of the Gram matrix of the smaller side, several times faster. It squares the
+      condition: the relative error of σ_i is about eps · (σ₁/σ_i)², values below 1e-8 σ₁ are rounding.
     - ``randomized``: range of A Ω for ``rank + oversample`` normal vectors after ``power`` power iterations
       (Halko, Martinsson, Tropp, 2011). Values are never too large; ``error_bound`` says how far off.
     - ``auto``: ``full`` up to a smaller side of 256. Above, ``randomized`` where rank ≤ 1/8 of the smaller
@@ -63,8 +63,8 @@ def truncated_svd(
       matrix); else ``full``. Only ``auto`` falls back; a method asked for by name is run as it is.
 
     The bound is a posteriori and certain: with B = QᵀA, the residual ‖A − QB‖² = ‖A‖² − ‖B‖² is exact
-    (Pythagoras), and no approximation can gain more than that over the truncated B. It is tight for spectra that fall
-    quickly and loose for flat ones. ``generator`` draws Ω; by default a new one with seed 0.
+    (Pythagoras), and no approximation can gain more than that over the truncated B. It is tight for
+    spectra that fall quickly and loose for flat ones. ``generator`` draws Ω; by default a new one, seed 0.
 
     Raises InputError for a rank out of range or an unknown method, NotFiniteError for NaN or Inf.
     """
@@ -92,7 +92,7 @@ def truncated_svd(
     return found if found.S[-1] > trusted * found.S[0] else _full(A, rank)
 
 
-def _signed(U: Tensor, S: Tensor, Vh: Tensor, method: Literal["full", "gram", "randomized"], bound: float) -> SVD:
+def _signed(U: Tensor, S: Tensor, Vh: Tensor, method: Algorithm, bound: float) -> SVD:
     signs = column_signs(U)
     return SVD(U * signs, S, signs[:, None] * Vh, method, bound)
 

@@ -41,7 +41,9 @@ class WeightedFactors:
     """(r + 1,): tr(G ΔW Σ ΔWᵀ) at rank 0 … r; never rising, errors[r] is 0."""
 
 
-def weighted_factors(W: Tensor, second: Tensor | None = None, gradient: Tensor | None = None) -> WeightedFactors:
+def weighted_factors(
+    W: Tensor, second: Tensor | None = None, gradient: Tensor | None = None
+) -> WeightedFactors:
     """Minimise tr(G ΔW Σ ΔWᵀ) at every rank, for W (m, n).
 
     ``second`` is Σ and ``gradient`` is G: positive semi-definite (n, n) and (m, m), or (n,) and (m,) for
@@ -117,9 +119,8 @@ def _rooted(W: Tensor, G: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Ten
     inside = values > relative_cutoff(m) * values.abs().max()
     root = values[inside].sqrt()[:, None]
     if Q is None:
-        basis = torch.eye(m, dtype=W.dtype) if not inside.all() else None
-        if basis is None:
+        if inside.all():
             return root * W, lambda U: U / root, None
-        Q = basis
+        Q = torch.eye(m, dtype=W.dtype)
     basis, outside = Q[:, inside], Q[:, ~inside]
     return root * (basis.T @ W), lambda U: basis @ (U / root), outside if outside.shape[1] else None

@@ -1,0 +1,9 @@
+"""Who gets which rank: error curves and a budget in, a plan that a person can edit out."""
+
+from eckart.planning.check import check
+from eckart.planning.curve import Choice, Choices, Curve, choices_for
+from eckart.planning.make import make_plan
+from eckart.planning.plan import Plan, Step
+from eckart.planning.solver import Allocation, solve
+
+__all__ = ["Allocation", "Choice", "Choices", "Curve", "Plan", "Step", "check", "choices_for", "make_plan", "solve"]

@@ -50,7 +50,7 @@ def model_card(
         "## How to load it",
         _loading(evaluation, load_snippet),
         "## How it was made",
-        f"Low-rank factorisation of {_code(base_name)}, method {_code(outcome.method)}, made with:",
+        f"Low-rank factorisation of {_code(_public(base_name))}, method {_code(outcome.method)}, made with:",
         _fenced(command, "bash"),
         "`eckart.json` holds the plan, with the rank of every layer; `report.html` shows it layer by layer.",
         *([_details("The plan", plan_json)] if plan_json else []),
@@ -154,6 +154,11 @@ def _limits(outcome: Outcome, evaluation: Evaluation | None) -> str:
         )
     notes = (*outcome.notes, *(evaluation.warnings if evaluation else ()))
     return "\n".join(lines + [f"- {_plain(note)}" for note in notes])
+
+
+def _public(name: str) -> str:
+    """A name on the Hub as it is; of a path only its end, since cards are published and paths name people."""
+    return name if HUB_NAME.fullmatch(name) else [part for part in re.split(r"[/\\]", name) if part][-1]
 
 
 def _plain(text: str) -> str:

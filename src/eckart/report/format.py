@@ -41,10 +41,10 @@ def figure(x: float | None, digits: int = 3) -> str:
         return "not finite"
     if x == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(x)))
+    exponent = math.floor(math.log10(abs(float(f"{x:.{digits}g}"))))
     if -4 <= exponent < 6:
         return f"{x:.{max(0, digits - 1 - exponent)}f}"
-    mantissa, _, power = f"{x:.{max(0, digits - 2)}e}".partition("e")
+    mantissa, _, power = f"{x:.{max(1, digits - 2)}e}".partition("e")
     return f"{mantissa}e{int(power)}"
 
 
@@ -121,4 +121,5 @@ def _digits(x: float) -> str:
     """Three significant digits without an exponent."""
     if x == 0:
         return "0"
+    x = float(f"{x:.3g}")  # so that 0.9996 counts as 1.00 and not as a number below 1
     return f"{x:.{max(0, 2 - math.floor(math.log10(abs(x))))}f}"

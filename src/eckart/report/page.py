@@ -36,7 +36,7 @@ def render_report(
     """The whole page as text, under 800 kB for 500 layers.
 
     ``certificate`` is what :func:`eckart.evaluation.certify` gives, or anything with the attributes
-    ``predicted`` (a number), ``measured`` (a number or an Interval), ``ratio`` and ``warning`` (text or None).
+    ``predicted`` (a number), ``measured`` (a number or an Interval), ``ratio`` and ``warning`` (text, None).
     ``curves`` maps a site's name to its relative errors at ranks spaced evenly from 0 to the full rank
     (:func:`eckart.report.sample_curve` makes them). ``meta`` is shown under the title, name beside value.
     Every text is escaped; the page's own security policy allows no script but its own, by hash, and no

@@ -18,8 +18,8 @@ from eckart.verbs.models import DataLike, ModelLike, as_batches, as_loaded
 
 Gradients = Literal["full", "scale", "none"]
 
-DEFAULT_PROBES = {"embedding": 4, "causal-lm": 1, "masked-lm": 1, "logits": 1}
-"""Backward passes per batch: a language model draws a target per token, an embedding one vector per sentence."""
+DEFAULT_PROBES = {"embedding": 1, "causal-lm": 1, "masked-lm": 1, "logits": 1}
+"""Backward passes per batch. More sharpen G a little: on MiniLM, four instead of one gave the cosine .006 more.
 
 
 def calibrate(
@@ -54,7 +54,7 @@ def calibrate(
         length: tokens of a sentence at most (default 128) or of a window (default 256).
         include, exclude: patterns of site names; ``embeddings`` and ``head`` add those.
         gradients: ``full`` second moments, ``scale`` for one number per site, ``none`` for no backward pass.
-        probes: backward passes per batch (default 4 for embedding models, else 1).
+        probes: backward passes per batch (default 1).
 
     Under ``torchrun`` the processes share the batches and add up their moments exactly.
     Cost: one forward and ``probes`` backward passes, and for each site in² + out² multiply-adds per token.

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eckart.data import TextData, read_texts
+from eckart.data import TextData
 from eckart.errors import InputError
 from eckart.hf.batches import DEFAULT_SAMPLES, text_batches
-from eckart.hf.datasets_source import PREFIX, read_dataset
+from eckart.hf.datasets_source import texts_of
 from eckart.hf.models import LoadedModel, load_model, wrap_model
 
 ModelLike = str | os.PathLike[str] | nn.Module | LoadedModel
@@ -48,10 +48,7 @@ def as_texts(
     if isinstance(data, TextData):
         return data
     if isinstance(data, (str, os.PathLike)):
-        spec = os.fspath(data)
-        if spec.startswith(PREFIX):
-            return read_dataset(spec, field=field, limit=limit, seed=seed, part=part)
-        return read_texts(spec, part=part, limit=limit, seed=seed, field=field)
+        return texts_of(os.fspath(data), part=part, limit=limit, seed=seed, field=field)  # type: ignore[arg-type]
     return TextData.of(data, part=part)
 
 

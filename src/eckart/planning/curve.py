@@ -1,0 +1,177 @@
+"""What a site may become, what each possibility costs, and what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from eckart.arch import site_size
+from eckart.errors import InputError, NotFiniteError, unknown
+from eckart.records import FormKind, Site, Size
+
+FORMS: tuple[FormKind, ...] = ("dense", "lowrank", "pivoted")
+INDEX_BYTES = 4
+"""Layers store the row order of the pivoted form as int32."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that a site may become."""
+
+    form: FormKind
+    rank: int
+    """Of every slice; the full rank for dense."""
+    size: Size
+    """Of the weight with its indices, over all slices, biases left out."""
+    loss: float
+    """The method's objective times its loss scale: predicted rise of the loss, for methods in that unit."""
+
+
+class Choices(Sequence[Choice]):
+    """Choices as columns, since a model has hundreds of sites with thousands of ranks each."""
+
+    def __init__(
+        self,
+        form: NDArray[np.int64],
+        rank: NDArray[np.int64],
+        parameters: NDArray[np.int64],
+        bytes: NDArray[np.int64],
+        macs: NDArray[np.int64],
+        loss: NDArray[np.float64],
+    ) -> None:
+        self.form = form
+        """Positions in FORMS."""
+        self.rank = rank
+        self.parameters = parameters
+        self.bytes = bytes
+        self.macs = macs
+        self.loss = loss
+
+    @classmethod
+    def of(cls, choices: Iterable[Choice]) -> Choices:
+        """The columns of single choices."""
+        rows = list(choices)
+        return cls(
+            np.array([FORMS.index(c.form) for c in rows], np.int64),
+            np.array([c.rank for c in rows], np.int64),
+            np.array([c.size.parameters for c in rows], np.int64),
+            np.array([c.size.bytes for c in rows], np.int64),
+            np.array([c.size.macs for c in rows], np.int64),
+            np.array([c.loss for c in rows], np.float64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    @overload
+    def __getitem__(self, index: int) -> Choice: ...
+    @overload
+    def __getitem__(self, index: slice) -> Choices: ...
+    def __getitem__(self, index: int | slice) -> Choice | Choices:
+        if isinstance(index, slice):
+            return Choices(*(column[index] for column in self._columns()))
+        form, rank, parameters, bytes_, macs, loss = (column[index].item() for column in self._columns())
+        size = Size(parameters=parameters, bytes=bytes_, macs=macs)
+        return Choice(form=FORMS[form], rank=rank, size=size, loss=loss)
+
+    def _columns(self) -> tuple[NDArray[np.int64] | NDArray[np.float64], ...]:
+        return self.form, self.rank, self.parameters, self.bytes, self.macs, self.loss
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The choices of one site."""
+
+    site: Site
+    choices: Choices
+
+    def __post_init__(self) -> None:
+        if not len(self.choices):
+            raise InputError(f"{self.site.name}: a curve needs at least one choice; got none.")
+        if not np.isfinite(self.choices.loss).all():
+            raise NotFiniteError(f"{self.site.name}: the error curve holds NaN or Inf.")
+
+
+def choices_for(
+    site: Site,
+    errors: ArrayLike,
+    *,
+    scale: float = 1.0,
+    forms: Sequence[FormKind] = FORMS,
+    rank_multiple: int = 1,
+    min_rank: int = 1,
+    bytes_per_number: int = 4,
+    index_bytes: int = INDEX_BYTES,
+) -> Choices:
+    """Every form and rank that a site of m × n slices may have.
+
+    ``errors`` (full_rank + 1,) is the method's objective at rank 0 … full, summed over the slices, and ``scale``
+    turns it into a rise of the loss. Parameters per slice: dense m n, factored k (m + n), pivoted
+    k (m + n − k), whose m indices count in bytes only. Multiply-adds equal parameters, except that
+    looking up an embedding skips the k × entries factor, and that a tied table is also a head.
+
+    Ranks are multiples of ``rank_multiple`` from ``min_rank`` to the full rank. A site that has no such rank can
+    only be dense. Raises InputError where nothing is left, for unknown forms and for options out of range.
+    """
+    wrong = [unknown("form", form, FORMS) for form in forms if form not in FORMS]
+    if wrong:
+        raise InputError(" ".join(wrong))
+    if rank_multiple < 1 or min_rank < 1 or bytes_per_number < 1 or index_bytes < 1:
+        raise InputError(
+            "rank_multiple, min_rank, bytes_per_number and index_bytes count from 1; "
+            f"got {rank_multiple}, {min_rank}, {bytes_per_number}, {index_bytes}."
+        )
+    objective = np.asarray(errors, np.float64)
+    if objective.shape != (site.full_rank + 1,):
+        raise InputError(
+            f"{site.name}: expected errors at rank 0 … {site.full_rank}, ({site.full_rank + 1},); "
+            f"got shape {objective.shape}."
+        )
+    first = -(-min_rank // rank_multiple) * rank_multiple
+    ranks = np.arange(first, site.full_rank + 1, rank_multiple, dtype=np.int64)
+    parts: list[Choices] = []
+    for form in dict.fromkeys(forms):
+        if form == "dense":
+            size = site_size(site, bytes_per_number)
+            parts.append(Choices.of([Choice("dense", site.full_rank, size, 0.0)]))
+        elif len(ranks):
+            parts.append(_thin(site, form, ranks, objective[ranks] * scale, bytes_per_number, index_bytes))
+    if not parts:
+        raise InputError(
+            f"{site.name}: no rank from {min_rank} to {site.full_rank} is a multiple of {rank_multiple}, and "
+            f"dense is not among its forms {list(forms)}. Allow dense, or exclude the site."
+        )
+    columns = (np.concatenate(column) for column in zip(*(part._columns() for part in parts), strict=True))
+    return Choices(*columns)
+
+
+def _thin(
+    site: Site,
+    form: FormKind,
+    k: NDArray[np.int64],
+    loss: NDArray[np.float64],
+    bytes_per_number: int,
+    index_bytes: int,
+) -> Choices:
+    m, n = site.out_features, site.in_features
+    saved = k * k if form == "pivoted" else np.zeros_like(k)
+    one = k * (m + n) - saved
+    heads, lookups = len(site.tied), 0
+    if site.kind == "embedding":
+        heads, lookups = int(bool(site.tied)), 1
+        macs = heads * one + lookups * (one - k * n)
+    else:
+        macs = (1 + heads) * one
+    indices = m * index_bytes if form == "pivoted" else 0
+    return Choices(
+        np.full_like(k, FORMS.index(form)),
+        k,
+        site.slices * one,
+        site.slices * (one * bytes_per_number + indices),
+        site.slices * macs,
+        loss,
+    )
