@@ -1,6 +1,6 @@
 """CPU seconds of ``eckart compress`` of MiniLM, start of Python to finished folder.
 
-    python benchmarks/compress.py
+python benchmarks/compress.py
 """
 
 from __future__ import annotations
@@ -20,9 +20,19 @@ TARGET = 60
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "eckart", "compress", str(minilm_folder()), "--data", "stdlib:docstrings"]
+        command = [
+            sys.executable,
+            "-m",
+            "eckart",
+            "compress",
+            str(minilm_folder()),
+            "--data",
+            "stdlib:docstrings",
+        ]
         command += ["--keep", "0.6", "-o", f"{folder}/out", "--quiet"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "target": TARGET}
     print(json.dumps(result, indent=2))

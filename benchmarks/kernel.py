@@ -2,7 +2,7 @@
 
     python benchmarks/kernel.py
 
-One thread, float64. In each round the three run one after the other; the least process time of the rounds counts.
+One thread, float64. In each round the three run one after the other; the least CPU time of the rounds counts.
 Writes benchmarks/results/kernel.json.
 """
 
@@ -98,7 +98,7 @@ def main() -> None:
         print(f"  {name:<10} {taken:8.4f}")
     print(f"kernel / own products and eigh   {result['own_work']:8.2f}  (at most {TARGETS['own_work']})")
     print(f"whitening / kernel               {result['speedup']:8.2f}  (at least {TARGETS['speedup']})")
-    print(f"largest relative difference      {result['difference']:8.1e}  (at most {TARGETS['difference']:.0e})")
+    print(f"largest relative difference      {result['difference']:8.1e}  (at most {TARGETS['difference']})")
     target = Path(__file__).parent / "results" / "kernel.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=2) + "\n")

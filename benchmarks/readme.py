@@ -1,6 +1,6 @@
 """Put the figures of ``benchmarks/results`` into README.md, between its markers.
 
-    python benchmarks/readme.py [--check]
+python benchmarks/readme.py [--check]
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def figures() -> str:
             f"| target: under {found['target']} s | `benchmarks/compress.py` |"
         )
     if (found := read("kernel.json")) is not None:
-        rows += [f"| {row['what']} | {row['figure']} | {row['ratio']} | `benchmarks/kernel.py` |" for row in found["rows"]]
+        rows += [
+            f"| {row['what']} | {row['figure']} | {row['ratio']} | `benchmarks/kernel.py` |"
+            for row in found["rows"]
+        ]
     if (found := read("memory.json")) is not None:
         rows.append(
             f"| Memory of calibrating MiniLM | peak {found['peak_mb']:.0f} MB above the loaded model | moments "

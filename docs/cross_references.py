@@ -11,7 +11,9 @@ from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):`([^`]+)`")
+LINKED = re.compile(r":(?:func|class|meth|data|attr):`([^`]+)`")
+NAMED = re.compile(r":(?:mod|doc|file):(`[^`]+`)")
+"""Modules inside of a room have no pages."""
 
 
 class CrossReferences(griffe.Extension):
@@ -20,7 +22,7 @@ class CrossReferences(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """A name in backticks after ``:func:`` and the like becomes a link."""
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(r"[`\1`][\1]", obj.docstring.value)
+            obj.docstring.value = NAMED.sub(r"\1", LINKED.sub(r"[`\1`][\1]", obj.docstring.value))
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Where a file is named after its function, the package's member is the function, as in Python."""
@@ -28,7 +30,7 @@ class CrossReferences(griffe.Extension):
             (module, name)
             for module in _modules(pkg)
             for name, target in module.imports.items()
-            if target == f"{module.path}.{name}.{name}" and module.members[name].is_module
+            if target == f"{module.path}.{name}.{name}" and not module.members[name].is_alias
         ]
         # Other aliases find their targets by paths that are about to lead to these functions.
         paths = tuple(f"{module.path}.{name}." for module, name in hidden)

@@ -105,7 +105,10 @@ METHODS = (method("svd"), method("kfac", "second", "gradient"))
 PREVIEW = {
     "steps": ({"site": "layers.0.q", "form": "lowrank", "rank": 2},),
     **{name: asdict(LARGE) for name in ("sites_before", "sites_after", "model_before", "model_after")},
-    **{"moments_bytes": 10_000, "peak_memory_bytes": 2_000_000, "disk_bytes": 3_000, "notes": ("a note",)},
+    "moments_bytes": 10_000,
+    "peak_memory_bytes": 2_000_000,
+    "disk_bytes": 3_000,
+    "notes": ("a note",),
 }
 
 

@@ -62,7 +62,7 @@ def test_bias_keeps_the_mean_output_of_what_is_stored(form: str, dtype: torch.dt
 
 
 def test_centred_optimum_is_a_joint_one() -> None:
-    """Ŵ and b̂ together are a stationary point of E‖y − ŷ‖²: the best bias for Ŵ is b̂, and no Ŵ nearby is better."""
+    """E‖y − ŷ‖² is the predicted error, and no factors and bias nearby are better."""
     X = gaussian(300, 9) @ gaussian(9, 9, seed=1) + 3
     weights = {"weight": gaussian(6, 9, seed=2), "bias": gaussian(6, seed=3)}
     mean = X.mean(0)

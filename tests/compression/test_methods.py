@@ -87,8 +87,8 @@ def test_lord_is_the_naive_output_pca_and_so_is_whitened(shape: tuple[int, int])
     Y = X @ W.T
     U = torch.linalg.eigh(Y.T @ Y).eigenvectors.flip(1)[:, :3]
     for method in (lord, whitened):
-        found = method.METHOD.cut(method.prepare({"weight": W}, moments_of(X), method.Options()), 3, "lowrank")
-        torch.testing.assert_close(found.dense(), U @ U.T @ W)
+        prepared = method.prepare({"weight": W}, moments_of(X), method.Options())
+        torch.testing.assert_close(method.METHOD.cut(prepared, 3, "lowrank").dense(), U @ U.T @ W)
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7)], ids=str)
@@ -131,7 +131,8 @@ def test_afm_of_centred_inputs_is_whitened() -> None:
     X = X - X.mean(0)
     weights = {"weight": gaussian(7, 12), "bias": gaussian(7, seed=5)}
     centred = afm.prepare(weights, moments_of(X), afm.Options())
-    torch.testing.assert_close(centred.errors, whitened.prepare(weights, moments_of(X), whitened.Options()).errors)
+    plain = whitened.prepare(weights, moments_of(X), whitened.Options())
+    torch.testing.assert_close(centred.errors, plain.errors)
 
 
 def test_without_a_bias_afm_and_kfac_do_not_centre() -> None:

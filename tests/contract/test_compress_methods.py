@@ -146,7 +146,8 @@ def test_options_are_frozen_keyword_only_explained_and_json(method: CompressMeth
     assert isinstance(tree, ast.ClassDef)
     for here, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         if isinstance(here, ast.AnnAssign):
-            assert isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant), ast.unparse(here)
+            assert isinstance(after, ast.Expr), ast.unparse(here)
+            assert isinstance(after.value, ast.Constant), ast.unparse(here)
     given = json.loads(json.dumps(dataclasses.asdict(options)))
     assert options_for(method, given) == options
 

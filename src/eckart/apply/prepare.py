@@ -35,7 +35,9 @@ def misfits(sites: Sequence[Site], method: CompressMethod) -> list[str]:
     return [f"{site.name}: {why}" for site in sites if (why := method.fits(site)) is not None]
 
 
-def site_moments(moments: Moments | None, site: Site, index: int, half: Half | None = None) -> SiteMoments | None:
+def site_moments(
+    moments: Moments | None, site: Site, index: int, half: Half | None = None
+) -> SiteMoments | None:
     """The moments of one slice, or None where there are none at all."""
     return None if moments is None else moments.site(site.name, slice=index, half=half)
 

@@ -106,7 +106,9 @@ def apply_plan(
         size = site_size(site, next(element.parameters()).element_size())
         if step is None or step.form == "dense":
             layers.append(
-                LayerOutcome(site=site, form="dense", rank=site.full_rank, before=size, after=size, predicted=0.0)
+                LayerOutcome(
+                    site=site, form="dense", rank=site.full_rank, before=size, after=size, predicted=0.0
+                )
             )
             continue
         method = get_method(step.method)

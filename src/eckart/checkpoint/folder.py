@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -211,45 +212,52 @@ def _some(what: str, names: list[str]) -> list[str]:
     return [f"{what}: {', '.join(names[:3])}{more}"]
 
 
-def _factor_shapes(name: str, entry: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Tensors that a factored layer needs: key to (axis, size) where its rank shows."""
-    kind = entry.get("kind")
-    if kind in ("tied-head", "tied-embedding"):
+def _ranks(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
+    """Rank by the stem of each pair of factors that a layer needs; none for layers that own no factors."""
+    if entry["kind"] in ("tied-head", "tied-embedding"):
         return {}
-    if kind == "experts":
-        shapes: dict[str, tuple[int, int]] = {}
-        for weight, spec in entry.get("weights", {}).items():
-            stem = f"{name}.{weight.removesuffix('_proj')}"
-            shapes |= {f"{stem}_a": (1, spec["rank"]), f"{stem}_b": (2, spec["rank"])}
-        return shapes
-    axis = 1 if kind == "embedding" else 0
-    return {f"{name}.a.weight": (axis, entry["rank"]), f"{name}.b.weight": (1, entry["rank"])}
+    if entry["kind"] == "experts":
+        weights = entry["weights"].items()
+        return {f"{name}.{weight.removesuffix('_proj')}_": spec["rank"] for weight, spec in weights}
+    return {f"{name}.": entry["rank"]}
+
+
+def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Rank by stem of every pair ``….a.weight`` and ``….b.weight``, or ``…_a`` and ``…_b`` of experts."""
+    found = {}
+    for key, info in tensors.items():
+        if key.endswith(".b.weight") and len(info.shape) >= 2 and key[:-8] + "a.weight" in tensors:
+            found[key[:-8]] = info.shape[1]
+        elif key.endswith("_b") and len(info.shape) == 3 and key[:-1] + "a" in tensors:
+            found[key[:-1]] = info.shape[2]
+    return found
 
 
 def _check_modules(
     entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, TensorInfo], found: list[str]
 ) -> None:
-    """Every factored layer has its factors, of its rank. A model saved without its head drops a prefix."""
+    """Every factored layer has its two factors, of its rank.
+
+    Transformers writes some architectures (ViT, Mixtral) under other names than the modules have. So a layer
+    whose name is not in the files may take any pair of its rank that no other layer claims.
+    """
     if not tensors:
         return
-    missing, unequal = [], []
+    needed: dict[str, int] = {}
     for name, entry in entries.items():
         try:
-            shapes = _factor_shapes(name, entry)
+            needed |= _ranks(name, entry)
         except (KeyError, AttributeError, TypeError):
             found.append(f"config.json: the entry of {name} is damaged")
-            continue
-        groups = 1
-        for key, (axis, rank) in shapes.items():
-            info = tensors.get(key)
-            if info is None:
-                missing.append(key)
-                continue
-            size = info.shape[axis] if axis < len(info.shape) else -1
-            if entry.get("kind") == "conv" and axis == 0 and size > 0 and size % rank == 0:
-                groups = size // rank
-            if size != rank * (groups if axis == 0 else 1):
-                unequal.append(f"{key} {list(info.shape)} for rank {rank}")
+    pairs = _pairs(tensors)
+    unequal = [f"{stem} {pairs[stem]} for {rank}" for stem, rank in needed.items() if pairs.get(stem, rank) != rank]
+    free = Counter(rank for stem, rank in pairs.items() if stem not in needed)
+    missing = []
+    for stem, rank in needed.items():
+        if stem not in pairs:
+            free[rank] -= 1
+            if free[rank] < 0:
+                missing.append(f"{stem}a and b")
     found += _some("factors named in config.json but not in the weights", missing)
     found += _some("factors of another rank than config.json says", unequal)
     if entries and not any(info.numel == 0 for info in tensors.values()):

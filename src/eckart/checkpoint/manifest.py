@@ -47,7 +47,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:
-        """Unknown keys are left alone; a format version or required feature of the future raises FileError."""
+        """Unknown keys are left alone; a later format version or required feature raises FileError."""
         if not isinstance(value, dict):
             raise FileError(f"{MANIFEST} should hold a JSON object; got {type(value).__name__}.")
         version, requires = value.get("format_version"), value.get("requires", [])
@@ -55,7 +55,8 @@ class Manifest:
             raise FileError(f"{MANIFEST} has no valid format_version; got {version!r}.")
         strange = sorted(set(requires) - FEATURES) if _is_strings(requires) else [repr(requires)]
         if version > FORMAT_VERSION or strange:
-            why = f"format version {version}" if version > FORMAT_VERSION else f"requires {', '.join(strange)}"
+            later = version > FORMAT_VERSION
+            why = f"format version {version}" if later else f"requires {', '.join(strange)}"
             raise FileError(f"{MANIFEST} is from a later Eckart ({why}): pip install -U eckart.")
         wrong = [
             f"{name} should be {kind.__name__}, got {type(value[name]).__name__}"

@@ -9,8 +9,9 @@ I, Σ = diag((E x_j²)^α). α = 0 is plain SVD, α = 1 the exact output error i
 
 *When it does not help.* It sees no correlation between channels. At equal size `whitened` is never
 worse in output error on the calibration data, and far better in practice; where channels have equal
-sizes it is plain SVD. In the claim below it lowers the rise of the loss by 2 to 3 % only: its gains in
-the paper come from outlier channels, which small models lack.
+sizes it is plain SVD. In the claim below it lowers the rise of the loss by about a tenth up to 30 %
+removed; at 40 % and more it lost to plain SVD on two of five networks trained with other seeds or on
+other text.
 
 *Departs from the paper in.* The size of a channel is its root mean square, which the moments hold,
 instead of the mean of |x_j|; both differ by a factor that is the same for channels of one distribution.
@@ -74,11 +75,14 @@ def prepare(weights: Mapping[str, Tensor], moments: SiteMoments | None, options:
 
 
 def _run_claim() -> Verdict:
-    plain = rises(lambda w, m: svd.prepare(w, m, svd.Options()))
-    scaled = rises(lambda w, m: prepare(w, m, Options()))
+    within, beyond = (0.9, 0.8, 0.7), (0.6, 0.4)
+    plain = rises(lambda w, m: svd.prepare(w, m, svd.Options()), within + beyond)
+    scaled = rises(lambda w, m: prepare(w, m, Options()), within + beyond)
+    lost = [f"{1 - keep:.0%}" for keep in beyond if scaled[keep] >= plain[keep]]
     return Verdict(
-        held=all(scaled[keep] < plain[keep] for keep in plain),
+        held=all(scaled[keep] < plain[keep] for keep in within),
         figures=as_figures("svd", plain) | as_figures("asvd", scaled),
+        note=f"beyond the paper's range asvd loses to svd at {' and '.join(lost)} removed" if lost else "",
     )
 
 
@@ -98,9 +102,9 @@ METHOD = CompressMethod(
     cut=cut,
     loss_units=False,
     claim=Claim(
-        statement="At α = 0.5 the held-out loss rises less than with plain SVD at equal ratio, at 20, 40 and "
-        "60 % removed (mean of 3 calibration samples).",
-        source="Yuan et al. 2023: perplexity at equal ratio against plain SVD",
+        statement="At α = 0.5 the held-out loss rises less than with plain SVD at equal ratio, at 10, 20 and "
+        "30 % removed (mean of 3 calibration samples).",
+        source="Yuan et al. 2023, abstract: networks compressed by 10 to 30 %",
         run=_run_claim,
     ),
 )

@@ -14,9 +14,9 @@ embedding's Σ is the diagonal of frequencies, drawn by ρ towards their mean.
 data.
 
 *When it does not help.* The estimate is of second order: on the problem of the claim below the loss
-rose by 0.75 to 1.7 times the prediction from 10 to 80 % removed, and larger models may part further;
-the order of plans is kept. Gradients of a model far from its optimum, or of text unlike that in use,
-weigh the wrong outputs. Without a backward pass it cannot be used; take `afm`.
+rose by 0.7 to 1.7 times the prediction from 10 to 80 % removed, and larger models may part further; the
+order of plans is kept. Gradients of a model far from its optimum, or of text unlike that in use, weigh
+the wrong outputs. Without a backward pass it cannot be used; take `afm`.
 
 *Departs from the paper in.* K-FAC is an optimiser; its Fisher factors are used here as the metric of a
 decomposition. Both factors are shrunk to their diagonals rather than damped. Where only E‖g‖² was
@@ -126,7 +126,7 @@ def _run_claim() -> Verdict:
     return Verdict(
         held=means["kfac"] < min(means["whitened"], means["afm"]),
         figures=figures,
-        note="equal ranks for all, so that only the metric differs; the lead grows with a global budget",
+        note="equal ranks for all, so that only the metric differs",
     )
 
 

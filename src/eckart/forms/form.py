@@ -14,7 +14,11 @@ class Form(Protocol):
     """One matrix W (out × in) with an optional bias (out), stored in few numbers."""
 
     kind: ClassVar[FormKind]
-    bias: Tensor | None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,), or None."""
+        ...
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class DenseView(Tensor):
 
     _build: Callable[[], Tensor]
     _is_hf_initialized = True
-    """Tells transformers' initialisation, which writes into weights by name (T5, GPT-2), to leave it alone."""
+    """Tells transformers' initialisation, which writes into weights by name (T5), to leave it alone."""
 
     @staticmethod
     def __new__(

@@ -6,4 +6,15 @@ from eckart.planning.make import make_plan
 from eckart.planning.plan import Plan, Step
 from eckart.planning.solver import Allocation, solve
 
-__all__ = ["Allocation", "Choice", "Choices", "Curve", "Plan", "Step", "check", "choices_for", "make_plan", "solve"]
+__all__ = [
+    "Allocation",
+    "Choice",
+    "Choices",
+    "Curve",
+    "Plan",
+    "Step",
+    "check",
+    "choices_for",
+    "make_plan",
+    "solve",
+]

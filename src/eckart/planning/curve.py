@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,7 +42,11 @@ class Choices(Sequence[Choice]):
         bytes: NDArray[np.int64],
         macs: NDArray[np.int64],
         loss: NDArray[np.float64],
+        *,
+        whole: Size,
     ) -> None:
+        self.whole = whole
+        """What the site costs as it is, whether dense is among the choices or not."""
         self.form = form
         """Positions in FORMS."""
         self.rank = rank
@@ -52,8 +56,8 @@ class Choices(Sequence[Choice]):
         self.loss = loss
 
     @classmethod
-    def of(cls, choices: Iterable[Choice]) -> Choices:
-        """The columns of single choices."""
+    def of(cls, choices: Iterable[Choice], *, whole: Size) -> Choices:
+        """The columns of single choices of a site that costs ``whole`` as it is."""
         rows = list(choices)
         return cls(
             np.array([FORMS.index(c.form) for c in rows], np.int64),
@@ -62,6 +66,7 @@ class Choices(Sequence[Choice]):
             np.array([c.size.bytes for c in rows], np.int64),
             np.array([c.size.macs for c in rows], np.int64),
             np.array([c.loss for c in rows], np.float64),
+            whole=whole,
         )
 
     def __len__(self) -> int:
@@ -73,12 +78,13 @@ class Choices(Sequence[Choice]):
     def __getitem__(self, index: slice) -> Choices: ...
     def __getitem__(self, index: int | slice) -> Choice | Choices:
         if isinstance(index, slice):
-            return Choices(*(column[index] for column in self._columns()))
-        form, rank, parameters, bytes_, macs, loss = (column[index].item() for column in self._columns())
+            return Choices(*(column[index] for column in self.columns()), whole=self.whole)
+        form, rank, parameters, bytes_, macs, loss = (column[index].item() for column in self.columns())
         size = Size(parameters=parameters, bytes=bytes_, macs=macs)
         return Choice(form=FORMS[form], rank=rank, size=size, loss=loss)
 
-    def _columns(self) -> tuple[NDArray[np.int64] | NDArray[np.float64], ...]:
+    def columns(self) -> tuple[NDArray[Any], ...]:
+        """In the order of the constructor."""
         return self.form, self.rank, self.parameters, self.bytes, self.macs, self.loss
 
 
@@ -109,13 +115,13 @@ def choices_for(
 ) -> Choices:
     """Every form and rank that a site of m × n slices may have.
 
-    ``errors`` (full_rank + 1,) is the method's objective at rank 0 … full, summed over the slices, and ``scale``
-    turns it into a rise of the loss. Parameters per slice: dense m n, factored k (m + n), pivoted
+    ``errors`` (full_rank + 1,) is the method's objective at rank 0 … full, summed over the slices, and
+    ``scale`` turns it into a rise of the loss. Parameters per slice: dense m n, factored k (m + n), pivoted
     k (m + n − k), whose m indices count in bytes only. Multiply-adds equal parameters, except that
     looking up an embedding skips the k × entries factor, and that a tied table is also a head.
 
-    Ranks are multiples of ``rank_multiple`` from ``min_rank`` to the full rank. A site that has no such rank can
-    only be dense. Raises InputError where nothing is left, for unknown forms and for options out of range.
+    Ranks are multiples of ``rank_multiple`` from ``min_rank`` to the full rank. A site that has no such rank
+    can only be dense. Raises InputError where nothing is left, for unknown forms and options out of range.
     """
     wrong = [unknown("form", form, FORMS) for form in forms if form not in FORMS]
     if wrong:
@@ -133,20 +139,21 @@ def choices_for(
         )
     first = -(-min_rank // rank_multiple) * rank_multiple
     ranks = np.arange(first, site.full_rank + 1, rank_multiple, dtype=np.int64)
+    whole = site_size(site, bytes_per_number)
     parts: list[Choices] = []
     for form in dict.fromkeys(forms):
         if form == "dense":
-            size = site_size(site, bytes_per_number)
-            parts.append(Choices.of([Choice("dense", site.full_rank, size, 0.0)]))
+            parts.append(Choices.of([Choice("dense", site.full_rank, whole, 0.0)], whole=whole))
         elif len(ranks):
-            parts.append(_thin(site, form, ranks, objective[ranks] * scale, bytes_per_number, index_bytes))
+            loss = objective[ranks] * scale
+            parts.append(_thin(site, form, ranks, loss, bytes_per_number, index_bytes, whole))
     if not parts:
         raise InputError(
             f"{site.name}: no rank from {min_rank} to {site.full_rank} is a multiple of {rank_multiple}, and "
             f"dense is not among its forms {list(forms)}. Allow dense, or exclude the site."
         )
-    columns = (np.concatenate(column) for column in zip(*(part._columns() for part in parts), strict=True))
-    return Choices(*columns)
+    columns = (np.concatenate(column) for column in zip(*(part.columns() for part in parts), strict=True))
+    return Choices(*columns, whole=whole)
 
 
 def _thin(
@@ -156,16 +163,16 @@ def _thin(
     loss: NDArray[np.float64],
     bytes_per_number: int,
     index_bytes: int,
+    whole: Size,
 ) -> Choices:
     m, n = site.out_features, site.in_features
     saved = k * k if form == "pivoted" else np.zeros_like(k)
     one = k * (m + n) - saved
-    heads, lookups = len(site.tied), 0
     if site.kind == "embedding":
-        heads, lookups = int(bool(site.tied)), 1
-        macs = heads * one + lookups * (one - k * n)
+        lookup = one - k * n
+        macs = lookup + one if site.tied else lookup
     else:
-        macs = (1 + heads) * one
+        macs = (1 + len(site.tied)) * one
     indices = m * index_bytes if form == "pivoted" else 0
     return Choices(
         np.full_like(k, FORMS.index(form)),

@@ -52,27 +52,24 @@ def hull(front: Frontier) -> Ints:
 
 
 def spend(fronts: Sequence[Frontier], limit: float) -> list[int]:
-    """Positions in the frontiers with small Σ value under Σ price ≤ limit, which the cheapest choices must meet.
+    """Positions in the frontiers with small Σ value under Σ price ≤ limit, which the cheapest must meet.
 
-    1. Walk down the hulls of all sites in order of value gained per price, which is what bisection on the price of
-       value (Lagrange's multiplier) converges to, until a step does not fit. Those of other sites go on.
+    1. Walk down the hulls of all sites in order of value gained per price, which is what bisection on
+       Lagrange's multiplier converges to, until a step does not fit. Those of other sites go on.
     2. Spend what is left: while some site has a choice of less value that fits, move the one that gains most.
     3. Exchange: cheapen one site by one choice where that pays for a larger gain elsewhere.
 
-    After 2 nothing fits any more: what is left is less than one step of any site. The value is at most that of the
-    best real-valued mixture plus one step of the hulls.
+    After 2 nothing fits any more: what is left is less than one step of any site. The value is at most that
+    of the best real-valued mixture plus one step of the hulls. Exchanges matter for few sites with coarse
+    steps; they end when one gains less than 1e-5 of the value, or after 20,000 / sites of them.
     """
     position = _walk(fronts, limit)
     _fill(fronts, position, limit)
-    for _ in range(_EXCHANGES):
+    for _ in range(20_000 // len(fronts)):
         if not _exchange(fronts, position, limit):
             break
         _fill(fronts, position, limit)
     return position
-
-
-_EXCHANGES = 200
-"""Exchanges gain little on large models, where steps are small beside the budget; small ones need few."""
 
 
 def total(fronts: Sequence[Frontier], position: Sequence[int]) -> float:
@@ -85,21 +82,20 @@ def _walk(fronts: Sequence[Frontier], limit: float) -> list[int]:
     owner = np.concatenate([np.full(len(c) - 1, i) for i, c in enumerate(corners)])
     cost = np.concatenate([np.diff(f.price[c]) for f, c in zip(fronts, corners, strict=True)])
     gain = np.concatenate([-np.diff(f.value[c]) for f, c in zip(fronts, corners, strict=True)])
-    position, stopped = [0] * len(fronts), [False] * len(fronts)
-    left = limit - total(fronts, position)
-    taken = [0] * len(fronts)
-    for step in np.argsort(-gain / cost, kind="stable"):
-        site = owner[step]
-        if stopped[site]:
-            continue
-        if cost[step] > left:
-            stopped[site] = True
-            continue
-        left -= cost[step]
-        taken[site] += 1
-    for site, count in enumerate(taken):
-        position[site] = int(corners[site][count])
-    return position
+    order = np.argsort(-gain / cost, kind="stable")
+    owner, cost = owner[order], cost[order]
+    taken = np.zeros(len(fronts), np.int64)
+    left = limit - total(fronts, [0] * len(fronts))
+    while len(owner):
+        fit = int(np.searchsorted(np.cumsum(cost), left, side="right"))
+        taken += np.bincount(owner[:fit], minlength=len(fronts))
+        left -= cost[:fit].sum()
+        owner, cost = owner[fit:], cost[fit:]
+        sites, following = np.unique(owner, return_index=True)
+        going = np.zeros(len(fronts), bool)
+        going[sites] = cost[following] <= left
+        owner, cost = owner[going[owner]], cost[going[owner]]
+    return [int(c[count]) for c, count in zip(corners, taken, strict=True)]
 
 
 def _fill(fronts: Sequence[Frontier], position: list[int], limit: float) -> None:
@@ -120,26 +116,32 @@ def _fill(fronts: Sequence[Frontier], position: list[int], limit: float) -> None
 def _exchange(fronts: Sequence[Frontier], position: list[int], limit: float) -> bool:
     """Carry out the one-choice-down, any-choice-up exchange that gains most; False where none gains."""
     left = limit - total(fronts, position)
+    least = 1e-5 * sum(abs(float(f.value[at])) for f, at in zip(fronts, position, strict=True))
     movable = [i for i, at in enumerate(position) if at > 0]
     if not movable:
         return False
+    sites = np.array(movable)
     here = np.array([position[i] for i in movable])
-    freed = np.array([fronts[i].price[at] - fronts[i].price[at - 1] for i, at in zip(movable, here, strict=True)])
-    lost = np.array([fronts[i].value[at - 1] - fronts[i].value[at] for i, at in zip(movable, here, strict=True)])
-    best, move = 0.0, (-1, -1, -1)
+    freed = np.array(
+        [fronts[i].price[at] - fronts[i].price[at - 1] for i, at in zip(movable, here, strict=True)]
+    )
+    lost = np.array(
+        [fronts[i].value[at - 1] - fronts[i].value[at] for i, at in zip(movable, here, strict=True)]
+    )
+    best, move = least, (-1, -1, -1)
     for up, front in enumerate(fronts):
         at = position[up]
         if at + 1 == len(front):
             continue
         reach = np.searchsorted(front.price, front.price[at] + left + freed, side="right") - 1
         gain = front.value[at] - front.value[reach] - lost
-        gain[np.array(movable) == up] = 0.0
+        gain[sites == up] = 0.0
         down = int(gain.argmax())
-        if gain[down] > best * (1 + 1e-12) and gain[down] > 1e-12 * lost[down]:
+        if gain[down] > best:
             best, move = float(gain[down]), (movable[down], up, int(reach[down]))
-    if best <= 0.0:
-        return False
     down, up, to = move
+    if up < 0:
+        return False
     position[down] -= 1
     position[up] = to
     return True

@@ -1,31 +1,36 @@
 """Ranks from shares: the same share of every site, or shares that differ within groups of like sites.
 
-*Formula (type-wise).* Yang et al., “SVD-LLM V2”, 2025 (arXiv 2503.12340): within a group g of sites of equal role,
-at overall reduction R, site i is reduced by
+*Formula (type-wise).* Wang et al., “SVD-LLM V2: Optimizing Singular Value Truncation for Large Language Model
+Compression”, 2025 (arXiv 2503.12340): within a group g of sites of equal role, at overall reduction R,
+site i is reduced by
 
     R_i = |g| R (1 / log L_i) / Σ_j (1 / log L_j)
 
 where L_i is its truncation loss at the reduction R.
 
 *Departs from the paper in.* log L depends on the unit of L, and is zero or negative for small losses, where
-the formula breaks down. Here L_i is divided by the least loss of its group and multiplied by e, so that log L_i
-= 1 + log(L_i / min L) ≥ 1 in every unit. R_i above 1 is cut to 1, and R then moves until the budget is met.
+the formula breaks down. Here L_i is divided by the least loss of its group and multiplied by e, so that
+log L_i = 1 + log(L_i / min L) ≥ 1 in every unit. R_i above 1 is cut to 1, and R moves until the budget
+is met.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
 from eckart.planning.curve import Curve
 from eckart.planning.frontier import Floats, Frontier, frontier
 
+Fits = Callable[[list[int]], bool]
+
 _BISECTIONS = 60
 
 
 def ladder(price: Floats, rank: Floats, loss: Floats) -> Frontier:
-    """Choices in order of price with strictly rising rank: the form that gives the highest rank at each price.
+    """Choices by price with strictly rising rank: the form that gives the highest rank at each price.
 
     ``value`` is minus the rank. Between equal price and rank the smaller loss stays.
     """
@@ -41,30 +46,29 @@ def at_shares(ladders: Sequence[Frontier], dense: Floats, shares: Floats) -> lis
     return [max(step.affordable(price), 0) for step, price in zip(ladders, allowed, strict=True)]
 
 
-def common_share(picks: Callable[[float], list[int]], fits: Callable[[list[int]], bool]) -> list[int]:
-    """The picks of the largest share in [0, 1] that fits. Those of share 0 must."""
-    if fits(picks(1.0)):
-        return picks(1.0)
-    low, high = 0.0, 1.0
+def edge(picks: Callable[[float], list[int]], fits: Fits, good: float, bad: float) -> list[int]:
+    """The picks of the share nearest to ``bad`` that fit, where those of ``good`` do. Bisection."""
+    if fits(picks(bad)):
+        return picks(bad)
     for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(picks(middle)) else (low, middle)
-    return picks(low)
+        middle = (good + bad) / 2
+        good, bad = (middle, bad) if fits(picks(middle)) else (good, middle)
+    return picks(good)
 
 
-def step_up(picks: list[int], ladders: Sequence[Frontier], fits: Callable[[list[int]], bool]) -> list[int]:
-    """One rank step at a time, site after site in turn, as long as one fits."""
+def in_turn(picks: list[int], ladders: Sequence[Frontier], fits: Fits, step: Literal[1, -1]) -> list[int]:
+    """One rank step up or down at a time, site after site, for as long as one fits."""
     picks = list(picks)
     moved = True
     while moved:
         moved = False
-        for site, step in enumerate(ladders):
-            if picks[site] + 1 < len(step):
-                picks[site] += 1
+        for site, choices in enumerate(ladders):
+            if 0 <= picks[site] + step < len(choices):
+                picks[site] += step
                 if fits(picks):
                     moved = True
                 else:
-                    picks[site] -= 1
+                    picks[site] -= step
     return picks
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -12,7 +12,7 @@ import numpy as np
 from eckart.errors import BudgetError, InputError, unknown
 from eckart.planning.curve import Choice, Choices, Curve
 from eckart.planning.frontier import Floats, Frontier, frontier, spend
-from eckart.planning.shares import at_shares, common_share, ladder, step_up, typewise_weights
+from eckart.planning.shares import at_shares, edge, in_turn, ladder, typewise_weights
 from eckart.records import Budget, Size
 
 Allocation = Literal["global", "uniform", "typewise"]
@@ -26,14 +26,14 @@ def solve(
 
     ``rest`` is what the model costs besides the sites; budgets over the whole model count it.
 
-    - ``global``: least Σ loss. Losses of different sites must be in one unit. What is left of the budget is less
-      than any single site's next step.
+    - ``global``: least Σ loss. Losses of different sites must be in one unit. What is left of the budget is
+      less than any single site's next step.
     - ``uniform``: the largest common share of every site's dense cost, in the form that gives the
       highest rank at that share; the remainder goes to single rank steps, in turn.
     - ``typewise``: shares that differ between sites of equal role (:mod:`eckart.planning.shares`).
 
-    A ceiling on the loss gives the fewest parameters (of the whole family of shares, for the last two). 500 sites with 4,096
-    ranks take about a second.
+    A ceiling on the loss gives the fewest parameters under it (for the last two, the smallest share).
+    500 sites with 4,096 ranks take about a second.
 
     Raises BudgetError, naming the nearest feasible budget, where none fits or where the budget exceeds
     the dense model; InputError for no curves or an unknown allocation.
@@ -42,18 +42,111 @@ def solve(
         raise InputError(unknown("allocation", str(allocation), get_args(Allocation)))
     if not curves:
         raise InputError("there is nothing to plan: no sites were given.")
-    if budget.loss is not None:
-        return _under_loss(curves, budget.loss, allocation)
-    costs = [_cost(curve.choices, budget.unit) for curve in curves]
-    limit = _limit(curves, costs, budget, rest)
+    losses = [curve.choices.loss for curve in curves]
+    if budget.loss is None:
+        costs = [cost_of(curve.choices, budget.unit) for curve in curves]
+        price, value, limit = costs, losses, float(_limit(curves, costs, budget, rest))
+    else:
+        costs = [cost_of(curve.choices, "parameters") for curve in curves]
+        price, value, limit = losses, costs, _ceiling(losses, budget.loss)
     if allocation == "global":
-        fronts = [frontier(cost, c.choices.loss) for cost, c in zip(costs, curves, strict=True)]
+        fronts = [frontier(p, v) for p, v in zip(price, value, strict=True)]
         return _chosen(curves, fronts, spend(fronts, limit))
-    ladders = _ladders(curves, costs)
-    family = _family(curves, ladders, costs, allocation)
+    ladders = [
+        ladder(cost, curve.choices.rank.astype(np.float64), loss)
+        for cost, curve, loss in zip(costs, curves, losses, strict=True)
+    ]
+    return _chosen(curves, ladders, _by_shares(curves, ladders, price, limit, budget, allocation))
+
+
+def cost_of(choices: Choices, unit: str) -> Floats:
+    """What the choices take of a budget in this unit."""
+    column = {"bytes": choices.bytes, "macs": choices.macs}.get(unit, choices.parameters)
+    return column.astype(np.float64)
+
+
+def _whole(curve: Curve, unit: str) -> int:
+    """What the site costs as it is."""
+    size = curve.choices.whole
+    return {"bytes": size.bytes, "macs": size.macs}.get(unit, size.parameters)
+
+
+def _by_shares(
+    curves: Sequence[Curve],
+    ladders: Sequence[Frontier],
+    price: Sequence[Floats],
+    limit: float,
+    budget: Budget,
+    allocation: Allocation,
+) -> list[int]:
+    """Positions in the ladders at the share, or family of shares, that just meets the limit."""
+    dense = np.array([float(_whole(curve, budget.unit)) for curve in curves])
+    prices = [p[step.index] for p, step in zip(price, ladders, strict=True)]
+    rising = budget.loss is None
+    most = max(float(step.price[-1]) / max(d, 1.0) for step, d in zip(ladders, dense, strict=True))
 
     def fits(picks: list[int]) -> bool:
-        return sum(float(s.price[at]) for s, at in zip(ladders, picks, strict=True)) <= limit
+        return math.fsum(p[at] for p, at in zip(prices, picks, strict=True)) <= limit
 
-    picks = common_share(family(lambda at: fits(at)), fits)
-    return _chosen(curves, ladders, step_up(picks, ladders, fits))
+    def meet(weights: Floats) -> list[int]:
+        def picks(share: float) -> list[int]:
+            return at_shares(ladders, dense, 1.0 - (1.0 - share) * weights)
+
+        # Shares at which every site is at its cheapest, and at its dearest.
+        low, high = 1.0 - 1.0 / float(weights.min()), 1.0 + max(most - 1.0, 0.0) / float(weights.min())
+        return edge(picks, fits, low, high) if rising else edge(picks, fits, high, low)
+
+    picks = meet(np.ones(len(curves)))
+    if allocation == "typewise":
+        lost = [
+            curve.choices.loss[step.index[at]] for curve, step, at in zip(curves, ladders, picks, strict=True)
+        ]
+        picks = meet(typewise_weights(curves, np.array(lost)))
+    return in_turn(picks, ladders, fits, 1 if rising else -1)
+
+
+def _chosen(curves: Sequence[Curve], fronts: Sequence[Frontier], picks: Sequence[int]) -> list[Choice]:
+    return [c.choices[int(f.index[at])] for c, f, at in zip(curves, fronts, picks, strict=True)]
+
+
+def _limit(curves: Sequence[Curve], costs: Sequence[Floats], budget: Budget, rest: Size) -> int:
+    """What the sites may cost under the budget; raises BudgetError where it is too small or too large."""
+    unit = budget.unit
+    dense = sum(_whole(curve, unit) for curve in curves)
+    least = sum(int(cost.min()) for cost in costs)
+    beside = {"model_keep": rest.parameters, "parameters": rest.parameters, "bytes": rest.bytes}.get(unit, 0)
+    # The share that was written, as a decimal number: 0.6 of 10 is 6, which in binary it is not.
+    asked = Fraction(str(getattr(budget, unit)))
+    whole = asked * (dense + beside) if unit in ("keep", "model_keep") else asked
+    limit = math.floor(whole) - beside
+    if limit < least:
+        nearest = _in_unit(least + beside, dense + beside, unit)
+        raise BudgetError(
+            f"the budget {budget} cannot be met: the least with these sites, forms and ranks is {nearest}. "
+            "Ask for that or more, take in more sites, or lower min_rank."
+        )
+    if limit > dense:
+        raise BudgetError(
+            f"the budget {budget} is above the uncompressed model, which has {dense + beside:,} {unit} "
+            f"in that count; there would be nothing to do. The largest budget is {dense + beside}."
+        )
+    return limit
+
+
+def _in_unit(cost: int, dense: int, unit: str) -> str:
+    """The cost as a value of the budget's field that surely meets it."""
+    if unit not in ("keep", "model_keep"):
+        return f"{unit} {cost}"
+    digits = 10**6
+    return f"{unit} {math.ceil(Fraction(cost, dense) * digits) / digits:g}"
+
+
+def _ceiling(losses: Sequence[Floats], ceiling: float) -> float:
+    least = math.fsum(float(loss.min()) for loss in losses)
+    if least > ceiling:
+        raise BudgetError(
+            f"no choice of ranks keeps the predicted rise of the loss under {ceiling:g}; the least is "
+            f"{least:.6g} (0 where dense is among the forms of every site)."
+        )
+    # Sums of losses round; what is promised is a ceiling.
+    return max(ceiling * (1 - 1e-12), least)

@@ -158,7 +158,7 @@ def _limits(outcome: Outcome, evaluation: Evaluation | None) -> str:
 
 def _public(name: str) -> str:
     """A name on the Hub as it is; of a path only its end, since cards are published and paths name people."""
-    return name if HUB_NAME.fullmatch(name) else [part for part in re.split(r"[/\\]", name) if part][-1]
+    return name if HUB_NAME.fullmatch(name) else [name, *filter(None, re.split(r"[/\\]", name))][-1]
 
 
 def _plain(text: str) -> str:

@@ -19,7 +19,7 @@ from eckart.verbs.models import DataLike, ModelLike, as_batches, as_loaded
 Gradients = Literal["full", "scale", "none"]
 
 DEFAULT_PROBES = {"embedding": 1, "causal-lm": 1, "masked-lm": 1, "logits": 1}
-"""Backward passes per batch. More sharpen G a little: on MiniLM, four instead of one gave the cosine .006 more.
+"""Backward passes per batch. More sharpen G a little: on MiniLM, four instead of one gave the cosine .006 more."""
 
 
 def calibrate(

@@ -81,7 +81,9 @@ def as_batches(
     limit = (samples or DEFAULT_SAMPLES[loaded.task]) if loaded.task == "embedding" else None
     texts = as_texts(data, part=part, field=field, limit=limit, seed=seed)  # type: ignore[arg-type]
     wanted = samples or DEFAULT_SAMPLES[loaded.task]
-    batches = text_batches(loaded, pieces(loaded, texts), length=length, batch_size=batch_size, samples=wanted)
+    batches = text_batches(
+        loaded, pieces(loaded, texts), length=length, batch_size=batch_size, samples=wanted
+    )
     known = {
         "data": texts.name,
         "sha256": texts.sha256,

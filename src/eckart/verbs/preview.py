@@ -182,8 +182,7 @@ def _equal_shares(
         curves.append(Curve(site=site, choices=choices))
     picked = solve(curves, budget, rest_of(model, sites), allocation="uniform")
     return {
-        site.name: (choice.form, choice.rank, choice.size)
-        for site, choice in zip(sites, picked, strict=True)
+        site.name: (choice.form, choice.rank, choice.size) for site, choice in zip(sites, picked, strict=True)
     }
 
 
@@ -201,7 +200,9 @@ def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[F
             min_rank=1,
             bytes_per_number=element_size(model, site),
         )
-        chosen = next(c for c in choices if c.form == step.form and (c.form == "dense" or c.rank == step.rank))
+        chosen = next(
+            c for c in choices if c.form == step.form and (c.form == "dense" or c.rank == step.rank)
+        )
         found[site.name] = (step.form, step.rank, chosen.size)
     return found
 

@@ -1,17 +1,15 @@
-"""``eckart.save`` and ``eckart.load``: the folder of a compressed model."""
+"""``eckart.save``: the folder of a compressed model."""
 
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 from pathlib import Path
 
-from torch import nn
-
-from eckart import __version__
 from eckart.checkpoint import Manifest, atomic_folder
 from eckart.evaluation import certify
-from eckart.hf.registry import load_pretrained, prepare_for_saving
+from eckart.hf.registry import prepare_for_saving
 from eckart.hf.sentence import copy_sentence_files
 from eckart.records import Evaluation
 from eckart.report import (
@@ -49,16 +47,14 @@ def save(
     command = command or "eckart.compress(…) in Python"
     outcome, plan = compressed.outcome, compressed.plan
     manifest = Manifest(
-        eckart_version=__version__,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        version=importlib.metadata.version("eckart"),
         base=base,
-        base_fingerprint=compressed.base_fingerprint,
+        fingerprint=compressed.base_fingerprint,
         command=command,
         modules=entries,
         plan=plan.to_json(),
         outcome=outcome_to_json(outcome),
         evaluation=None if evaluation is None else evaluation_to_json(evaluation),
-        calibration=dict(compressed.calibration),
     )
     certificate = None if evaluation is None else certify(outcome, evaluation)
     page = render_report(
@@ -73,24 +69,18 @@ def save(
             "original": base,
             "fingerprint": compressed.base_fingerprint[:16],
             "calibrated on": str(compressed.calibration.get("data", "nothing")),
-            "Eckart": __version__,
-            "made": manifest.created,
+            "Eckart": importlib.metadata.version("eckart"),
+            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         },
     )
     card = model_card(outcome, evaluation, base_name=base, title=title, command=command)
-    with atomic_folder(path, overwrite=overwrite) as folder:
+    needed = outcome.model_after.bytes
+    with atomic_folder(path, overwrite=overwrite, needed=needed) as folder:
         compressed.model.save_pretrained(folder, max_shard_size=max_shard_size)
         if compressed.tokenizer is not None:
             compressed.tokenizer.save_pretrained(folder)
         copy_sentence_files(base, folder)
-        manifest.save(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "report.html").write_text(page, encoding="utf-8")
+        manifest.write(folder)
     return path
-
-
-def load(
-    directory: str | os.PathLike[str], *, dtype: str | None = None, device_map: str | None = None
-) -> nn.Module:
-    """A saved model, in the class that its config names. Raises FileError where the folder is none."""
-    return load_pretrained(Path(directory), dtype=dtype, device_map=device_map)

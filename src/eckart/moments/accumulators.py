@@ -1,0 +1,121 @@
+"""Running sums over tokens, float64 on the CPU, in two halves and one stack of matrices per site.
+
+Every sum has the leading shape (2, slices): half A and half B of the data, then the matrices of the site.
+Sums rather than means, so that batches, processes and data sets add up exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from scipy.linalg.blas import dsyrk
+from torch import Tensor
+
+HALVES = 2
+
+
+def to_float64(rows: Tensor) -> Tensor:
+    """In float64, on the device of the rows where that has float64, on the CPU otherwise."""
+    return (rows.cpu() if rows.device.type == "mps" else rows).to(torch.float64)
+
+
+def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
+    """Adds weight · rowsᵀ rows to the lower triangle of ``total`` (d × d, contiguous, on the CPU), N·d² flops.
+
+    The upper triangle holds nothing of meaning until ``fill_upper``. The symmetric product takes half the
+    work of a general one: in float64 it costs as much as a float32 GEMM, so that precision is free.
+    """
+    if rows.device.type == "cpu":
+        # Transposed views: BLAS counts columns first, and both arrays pass without a copy.
+        dsyrk(weight, rows.contiguous().numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1)
+    else:
+        total.add_((rows.T @ rows).cpu(), alpha=weight)
+
+
+def fill_upper(total: Tensor) -> None:
+    """Copies the lower triangle of every (d × d) matrix of a stack to its upper one, in place."""
+    for matrix in total.view(-1, *total.shape[-2:]):
+        below = matrix.tril(-1)
+        matrix.tril_()
+        matrix.add_(below.T)
+
+
+class InputSums:
+    """Σ 1, Σ x and Σ x xᵀ of the inputs of a site; for embeddings Σ 1 and how often each entry came."""
+
+    def __init__(self, slices: int, width: int, *, matrix: bool) -> None:
+        self.count = torch.zeros(HALVES, slices, dtype=torch.int64)
+        self.total = torch.zeros(HALVES, slices, width, dtype=torch.float64)
+        self.second = torch.zeros(HALVES, slices, width, width, dtype=torch.float64) if matrix else None
+
+    def add(self, slice_: int, rows: Tensor, picks: Sequence[Tensor]) -> bool:
+        """Adds rows (N, width), or ids (N,) of entries, half by half. False where a value is not finite."""
+        for half, pick in enumerate(picks):
+            if pick.numel() == 0:
+                continue
+            chosen = rows[pick]
+            if self.second is None:
+                self.total[half, slice_] += torch.bincount(chosen.cpu(), minlength=self.total.shape[-1])
+            else:
+                chosen = to_float64(chosen)
+                total = chosen.sum(0).cpu()
+                if not bool(total.isfinite().all()):
+                    return False
+                self.total[half, slice_] += total
+                add_gram(self.second[half, slice_], chosen)
+            self.count[half, slice_] += pick.numel()
+        return True
+
+    def finish(self) -> None:
+        if self.second is not None:
+            fill_upper(self.second)
+
+
+class GradientSums:
+    """Σ ‖g‖², and in the full mode Σ g gᵀ, Σ g_i² ‖x‖² and Σ ‖g‖² x_j², of the gradients at the outputs."""
+
+    def __init__(self, slices: int, out_features: int, in_features: int, *, full: bool, fisher: bool) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(HALVES, slices, *shape, dtype=torch.float64)
+
+        self.scale = zeros()
+        self.second = zeros(out_features, out_features) if full else None
+        self.rows = zeros(out_features) if fisher else None
+        self.columns = zeros(in_features) if fisher else None
+
+    def add(
+        self, slice_: int, rows: Tensor, picks: Sequence[Tensor], inputs: Tensor | None, weight: float
+    ) -> bool:
+        """Adds gradients (N, out) with the inputs (N, in), or ids (N,), that belong to them, times ``weight``.
+
+        False where a gradient is not finite; nothing of that half is added then.
+        """
+        for half, pick in enumerate(picks):
+            if pick.numel() == 0:
+                continue
+            g = to_float64(rows[pick])
+            squares = g.square()
+            norms = squares.sum(1)
+            scale = float(norms.sum())
+            if not torch.isfinite(torch.tensor(scale)):
+                return False
+            self.scale[half, slice_] += weight * scale
+            if self.second is not None:
+                add_gram(self.second[half, slice_], g, weight)
+            if self.rows is not None and inputs is not None:
+                columns = cast(Tensor, self.columns)[half, slice_]
+                x = inputs[pick]
+                if x.ndim == 1:
+                    self.rows[half, slice_] += weight * squares.sum(0).cpu()
+                    columns += weight * torch.bincount(x.cpu(), norms.cpu(), minlength=columns.numel())
+                else:
+                    x2 = to_float64(x).square()
+                    self.rows[half, slice_] += weight * (x2.sum(1) @ squares).cpu()
+                    columns += weight * (norms @ x2).cpu()
+        return True
+
+    def finish(self) -> None:
+        if self.second is not None:
+            fill_upper(self.second)
