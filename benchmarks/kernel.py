@@ -65,10 +65,7 @@ def difference(W: Tensor, S: Tensor) -> float:
     left, right = kernel(W, S)
     other_left, other_right = whitening(W, S)
     ranks = torch.linspace(1, min(W.shape), 8).long().tolist()
-    return max(
-        float((left[:, :k] @ right[:k] - other_left[:, :k] @ other_right[:k]).norm() / W.norm())
-        for k in ranks
-    )
+    return max(float((left[:, :k] @ right[:k] - other_left[:, :k] @ other_right[:k]).norm() / W.norm()) for k in ranks)
 
 
 def main() -> None:

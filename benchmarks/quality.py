@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_llama import trained_llama
 
 import eckart
 from eckart.apply import apply_plan, prepare_sites
@@ -30,6 +29,7 @@ from eckart.compression import get_method
 from eckart.records import Budget
 from eckart.verbs.demo import minilm_folder
 from eckart.verbs.models import as_loaded
+from small_llama import trained_llama
 
 RESULTS = Path(__file__).parent / "results"
 REMOVED = (0.2, 0.4, 0.6)

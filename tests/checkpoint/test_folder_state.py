@@ -118,7 +118,7 @@ BREAKS = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "config cut": (lambda f: cut(f / "config.json", 9), "not valid JSON"),
     "config list": (lambda f: (f / "config.json").write_text("[]"), "JSON object"),
-    "factor missing": (lambda f: header_of(f / W, lambda h: h.update(q=h.pop("x.a.weight"))), "x.a.weight"),
+    "factor missing": (lambda f: header_of(f / W, lambda h: h.update(q=h.pop("x.a.weight"))), "x.a and b"),
     "another rank": (
         lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"]["modules"]["x"].update(rank=3)),
         "another rank",

@@ -144,9 +144,7 @@ def full_evaluation(folder: Path) -> Evaluation:
         evaluate_embeddings(E, E),
         model,
         base,
-        latency=measure_latency(
-            forward(model), forward(base), lambda rows, _: torch.zeros(rows, 16), rounds=3
-        ),
+        latency=measure_latency(forward(model), forward(base), lambda rows, _: torch.zeros(rows, 16), rounds=3),
         base_folder=folder,
         protocol={"data": "x.txt", "seed": 7},
     )

@@ -55,9 +55,7 @@ def test_figures_are_those_of_torch() -> None:
     assert found["loss"].mean == pytest.approx(loss, abs=1e-12)
     assert found["loss_rise"].mean == pytest.approx(loss - loss_base, abs=1e-12)
     assert found["kl"].mean == pytest.approx(float(kl), abs=1e-12)
-    assert found["agreement"].mean == pytest.approx(
-        float((ours.argmax(1) == theirs.argmax(1)).double().mean())
-    )
+    assert found["agreement"].mean == pytest.approx(float((ours.argmax(1) == theirs.argmax(1)).double().mean()))
     assert found["bits_per_byte"].mean == pytest.approx(loss * 9 / 27 / math.log(2), abs=1e-12)
     assert found["bits_per_byte_base"].mean == pytest.approx(loss_base * 9 / 27 / math.log(2), abs=1e-12)
 
@@ -145,8 +143,7 @@ class TestMasked:
     def test_the_seed_decides_the_mask(self) -> None:
         model, base = forward(table(1)), forward(table(2))
         one, again, other = (
-            evaluate_masked(model, base, windows(), mask_token=0, seed=seed).metrics["loss"].mean
-            for seed in (1, 1, 2)
+            evaluate_masked(model, base, windows(), mask_token=0, seed=seed).metrics["loss"].mean for seed in (1, 1, 2)
         )
         assert one == again != other
 
@@ -160,9 +157,7 @@ class TestMasked:
     def test_a_row_of_special_tokens_is_an_error(self) -> None:
         ids = torch.tensor([[5, 5, 5, 5]])
         with pytest.raises(InputError, match="none to mask"):
-            evaluate_masked(
-                forward(table(1)), forward(table(1)), [{"input_ids": ids}], mask_token=0, special=[5]
-            )
+            evaluate_masked(forward(table(1)), forward(table(1)), [{"input_ids": ids}], mask_token=0, special=[5])
 
 
 class TestLogits:
@@ -170,9 +165,7 @@ class TestLogits:
         x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         W = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         found = evaluate_logits(lambda b: 2 * b @ W, lambda b: b @ W, x.split(25)).metrics
-        expected = kl_div(
-            (2 * x @ W).log_softmax(-1), (x @ W).log_softmax(-1), log_target=True, reduction="batchmean"
-        )
+        expected = kl_div((2 * x @ W).log_softmax(-1), (x @ W).log_softmax(-1), log_target=True, reduction="batchmean")
         assert found["kl"].mean == pytest.approx(float(expected), abs=1e-12)
         assert found["agreement"].mean == 1
 
@@ -180,9 +173,7 @@ class TestLogits:
         ids = windows(n=4, batch=4)[0]["input_ids"]
         mask = torch.ones_like(ids)
         mask[:, 5:] = 0
-        found = evaluate_logits(
-            forward(table(1)), forward(table(2)), [{"input_ids": ids, "attention_mask": mask}]
-        )
+        found = evaluate_logits(forward(table(1)), forward(table(2)), [{"input_ids": ids, "attention_mask": mask}])
         assert found.protocol["positions"] == 20
 
     def test_logits_of_another_shape_are_an_error(self) -> None:

@@ -14,16 +14,12 @@ TEXT = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 3, "num_attent
 
 
 def llama(tied: bool = False, **extra) -> nn.Module:
-    config = tf.LlamaConfig(
-        **TEXT, intermediate_size=24, num_key_value_heads=2, tie_word_embeddings=tied, **extra
-    )
+    config = tf.LlamaConfig(**TEXT, intermediate_size=24, num_key_value_heads=2, tie_word_embeddings=tied, **extra)
     return tf.LlamaForCausalLM(config)
 
 
 def qwen3() -> nn.Module:
-    return tf.Qwen3ForCausalLM(
-        tf.Qwen3Config(**TEXT, intermediate_size=24, num_key_value_heads=2, head_dim=8)
-    )
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**TEXT, intermediate_size=24, num_key_value_heads=2, head_dim=8))
 
 
 def gpt2() -> nn.Module:
@@ -113,9 +109,7 @@ def factor_linear(model: nn.Module, name: str, rank: int, kind: str) -> None:
     module = model.get_submodule(name)
     conv1d = type(module).__name__ == "Conv1D"
     W = module.weight.T if conv1d else module.weight
-    site = Site(
-        name=name, kind="conv1d" if conv1d else "linear", out_features=W.shape[0], in_features=W.shape[1]
-    )
+    site = Site(name=name, kind="conv1d" if conv1d else "linear", out_features=W.shape[0], in_features=W.shape[1])
     model.set_submodule(name, layer_from_forms(site, module, [truncate(W, rank, kind, module.bias)]))
 
 
@@ -130,9 +124,7 @@ def factor_experts(model: nn.Module, name: str, rank: int, kind: str) -> None:
 def factor_embedding(model: nn.Module, name: str, rank: int, kind: str, tied: tuple[str, ...] = ()) -> None:
     module = model.get_submodule(name)
     W = module.weight.T
-    site = Site(
-        name=name, kind="embedding", out_features=W.shape[0], in_features=W.shape[1], tied=tied
-    )
+    site = Site(name=name, kind="embedding", out_features=W.shape[0], in_features=W.shape[1], tied=tied)
     table = layer_from_forms(site, module, [truncate(W, rank, kind)])
     model.set_submodule(name, table)
     for other in tied:

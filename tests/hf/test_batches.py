@@ -98,9 +98,7 @@ def test_like_sentences_lie_near_each_other(minilm: LoadedModel) -> None:
         "Interest rates rose sharply again today.",
     ]
     batch = text_batches(minilm, texts, batch_size=1)
-    cat, rug, rates = (
-        embed(minilm, one)[0] for one in sorted(batch, key=lambda b: texts_index(minilm, b, texts))
-    )
+    cat, rug, rates = (embed(minilm, one)[0] for one in sorted(batch, key=lambda b: texts_index(minilm, b, texts)))
     assert float(cat @ rug) > 0.5 > 0.3 > float(cat @ rates)
 
 
@@ -181,9 +179,7 @@ def test_bytes_follow_the_windows_that_are_drawn(testbed: LoadedModel) -> None:
     some = text_batches(testbed, text, length=16, batch_size=1000, samples=6, seed=4)
     rows = every[0]["input_ids"].tolist()
     for row, size in zip(some[0]["input_ids"].tolist(), some.row_bytes[0], strict=True):
-        assert float(size) in {
-            float(other) for r, other in zip(rows, every.row_bytes[0], strict=True) if r == row
-        }
+        assert float(size) in {float(other) for r, other in zip(rows, every.row_bytes[0], strict=True) if r == row}
 
 
 def test_a_masked_model_reads_windows_with_its_special_tokens(minilm: LoadedModel) -> None:
@@ -258,9 +254,7 @@ def test_every_task_has_a_loss_with_gradients(minilm: LoadedModel) -> None:
 
 class TestMeasure:
     def test_a_model_equals_itself(self, minilm: LoadedModel) -> None:
-        texts = [
-            f"Sentence {i} is about {word}." for i in range(8) for word in ("cats", "sums", "rain", "tax")
-        ]
+        texts = [f"Sentence {i} is about {word}." for i in range(8) for word in ("cats", "sums", "rain", "tax")]
         found = measure(minilm, minilm, texts, latency=False, protocol={"data": "made up", "sha256": "0"})
         assert {name: round(value.mean, 12) for name, value in found.metrics.items()} == {
             "cosine": 1,

@@ -63,9 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_parts_of_one_split_are_disjoint_and_whole(folder: Path) -> None:
-    one, two = (
-        set(read_dataset(f"datasets:{folder}", part=part).texts) for part in ("calibration", "evaluation")
-    )
+    one, two = (set(read_dataset(f"datasets:{folder}", part=part).texts) for part in ("calibration", "evaluation"))
     assert not one & two
     assert one | two == {f"text number {i}" for i in range(100)}
     assert 10 <= len(two) <= 35

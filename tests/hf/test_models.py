@@ -178,9 +178,7 @@ def test_missing_weights_are_an_error(folder: Path) -> None:
 
 def test_weights_of_another_class_are_an_error(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "architectures": ["BertForSequenceClassification"]})
-    )
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
     with pytest.raises(FileError, match="classifier"):
         load_model(folder)
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import transformers as tf
-from factored_tiny_models import build, factor, factor_embedding, factor_linear, output
+from factored_tiny_models import build, factor, factor_embedding, factor_linear, inputs, output
 from safetensors.torch import save_file
 
 import eckart  # noqa: F401
@@ -41,8 +41,18 @@ def test_dense_export_is_a_plain_folder(name, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert "as large" in (tmp_path / "out" / "README.md").read_text()
     loaded, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert not any(is_factored(m) for m in loaded.modules())
+    torch.testing.assert_close(output(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dense_export_keeps_an_untied_copy_untied(tmp_path):
+    model = build("llama-tied")
+    factor_linear(model, "lm_head", 5, "lowrank")
+    expected = save(model, tmp_path / "in")
+    export_dense(tmp_path / "in", tmp_path / "out")
+    loaded = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(output(loaded), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -51,6 +61,7 @@ def test_dense_export_ties_a_factored_table_again(tmp_path):
     factor_embedding(model, "model.embed_tokens", 6, "lowrank", ("lm_head",))
     expected = save(model, tmp_path / "in")
     export_dense(tmp_path / "in", tmp_path / "out")
+    assert inspect_folder(tmp_path / "out").parameters == sum(p.numel() for p in build("llama-tied").parameters())
     loaded = tf.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     torch.testing.assert_close(output(loaded), expected, rtol=1e-4, atol=1e-5)
@@ -101,8 +112,6 @@ def test_remote_code_loads_without_eckart(name, cls, tmp_path, monkeypatch):
         factor_linear(model, "lm_head", 5, "pivoted")
     if name == "llama":
         factor_embedding(model, "model.embed_tokens", 6, "pivoted")
-    from factored_tiny_models import inputs
-
     save_file({"out": save(model, tmp_path / "in")}, tmp_path / "want.st")
     save_file({k: v.contiguous() for k, v in inputs(model).items()}, tmp_path / "inputs.st")
     export_remote_code(tmp_path / "in", tmp_path / "out")

@@ -262,9 +262,7 @@ def test_skeleton_on_meta_has_the_keys_and_shapes_of_the_layer(form):
         original = nn.Linear(5, 7)
     skeleton = layer_skeleton(entry, original)
     assert all(t.is_meta for t in skeleton.state_dict().values())
-    assert {k: v.shape for k, v in skeleton.state_dict().items()} == {
-        k: v.shape for k, v in layer.state_dict().items()
-    }
+    assert {k: v.shape for k, v in skeleton.state_dict().items()} == {k: v.shape for k, v in layer.state_dict().items()}
 
 
 def test_dense_forms_change_nothing():

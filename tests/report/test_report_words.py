@@ -166,3 +166,18 @@ def test_sizes_of_nothing_do_not_divide_by_zero() -> None:
     nothing = Size(parameters=0, bytes=0, macs=0)
     empty = replace(OUTCOME, layers=(), sites_before=nothing, sites_after=nothing)
     assert "0 layers" in words(empty, None, "M")
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("org/name", "`org/name`"),
+        ("/home/me/my-model/", "`my-model`"),
+        ("C:\\models\\bert", "`bert`"),
+        ("/", "`/`"),
+    ],
+)
+def test_the_card_does_not_name_the_folders_of_a_person(base: str, shown: str) -> None:
+    text = card(base_name=base)
+    assert f"Low-rank factorisation of {shown}," in text
+    assert "/home/me" not in text

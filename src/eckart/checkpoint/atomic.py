@@ -150,16 +150,12 @@ def check_output(path: str | Path, *, overwrite: bool = False, needed: int | Non
         raise FileError(f"no permission to write in {parent}.")
     free = shutil.disk_usage(parent).free
     if needed is not None and needed > free:
-        raise FileError(
-            f"{target} needs {needed / 1e6:.1f} MB beside what is there; {parent} has {free / 1e6:.1f} MB."
-        )
+        raise FileError(f"{target} needs {needed / 1e6:.1f} MB beside what is there; {parent} has {free / 1e6:.1f} MB.")
     return target
 
 
 @contextmanager
-def atomic_folder(
-    path: str | Path, *, overwrite: bool = False, needed: int | None = None
-) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, overwrite: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Write into the folder that this yields; when the block ends without an error it becomes ``path``.
 
     With ``overwrite`` the whole old folder is replaced, so files that only it had are gone. Raises FileError

@@ -38,9 +38,7 @@ def bootstrap(values: Tensor, weights: Tensor | None = None, *, counts: Tensor, 
             f"{tuple(weights.shape)}, {tuple(counts.shape)}."
         )
     if not bool(torch.isfinite(values).all()) or not float(weights.sum()) > 0:
-        raise InputError(
-            "expected finite values and weights with a positive sum; check the models' outputs for NaN."
-        )
+        raise InputError("expected finite values and weights with a positive sum; check the models' outputs for NaN.")
     below = counts @ weights
     drawn = ((counts @ values)[below > 0]) / below[below > 0]
     return interval(float(values.sum() / weights.sum()), drawn, n=len(values), unit=unit)

@@ -64,9 +64,7 @@ def certify(outcome: Outcome, evaluation: Evaluation) -> Certificate | None:
         )
     found = evaluation.metrics[name]
     if name == "cosine":
-        found = Interval(
-            mean=1 - found.mean, low=1 - found.high, high=1 - found.low, n=found.n, unit="1 − cosine"
-        )
+        found = Interval(mean=1 - found.mean, low=1 - found.high, high=1 - found.low, n=found.n, unit="1 − cosine")
     return compare(outcome.predicted_loss, found, quantity)
 
 
@@ -85,9 +83,7 @@ def compare(predicted: float, measured: Interval, quantity: str = "loss") -> Cer
             f"the measured change ({measured.mean:.3g}, {quantity}) is only {ratio:.2g} times the predicted "
             f"one ({predicted:.3g}). The prediction assumes small changes; trust the measurement."
         )
-    return Certificate(
-        predicted=predicted, measured=measured, ratio=ratio, quantity=quantity, warning=warning
-    )
+    return Certificate(predicted=predicted, measured=measured, ratio=ratio, quantity=quantity, warning=warning)
 
 
 def layer_warnings(outcome: Outcome) -> tuple[LayerWarning, ...]:

@@ -38,18 +38,14 @@ def evaluate_embeddings(model: Tensor, base: Tensor, *, neighbours: int = 10, se
         )
     for whose, found in (("model", model), ("original", base)):
         if not bool(torch.isfinite(found).all()):
-            raise NotFiniteError(
-                f"the embeddings of the {whose} hold NaN or Inf. Check its weights and dtype."
-            )
+            raise NotFiniteError(f"the embeddings of the {whose} hold NaN or Inf. Check its weights and dtype.")
     one, two = (normalize(E.double().cpu(), dim=1) for E in (model, base))
     n = len(one)
     counts = resample(n, seed=seed)
     metrics: dict[str, Interval] = {"cosine": bootstrap(cosines(one, two), counts=counts)}
     warnings = few_units(n, "sentence")
     if n > 2 * neighbours:
-        metrics[f"neighbours@{neighbours}"] = bootstrap(
-            neighbour_overlap(one, two, neighbours), counts=counts
-        )
+        metrics[f"neighbours@{neighbours}"] = bootstrap(neighbour_overlap(one, two, neighbours), counts=counts)
     else:
         warnings.append(f"neighbours@{neighbours} needs more than {2 * neighbours} sentences; got {n}.")
     correlation = _rank_correlation(one, two, counts)
@@ -118,6 +114,4 @@ def _pair_ranks(E: Tensor) -> Tensor:
 def _correlation(sums: list[Tensor]) -> Tensor:
     """Pearson's correlation out of Σ1, Σr, Σq, Σr², Σq², Σrq (each (resamples,))."""
     total, r, q, rr, qq, rq = sums
-    return (rq - r * q / total) / (
-        (rr - r * r / total).clamp(min=0) * (qq - q * q / total).clamp(min=0)
-    ).sqrt()
+    return (rq - r * q / total) / ((rr - r * r / total).clamp(min=0) * (qq - q * q / total).clamp(min=0)).sqrt()

@@ -59,9 +59,7 @@ def compare_logits(model: Tensor, base: Tensor, scored: Tensor, targets: Tensor 
             figures[0] = -log_q.gather(-1, target).squeeze(-1).double().cpu()
             figures[1] = -log_p.gather(-1, target).squeeze(-1).double().cpu()
         if not bool(torch.isfinite(figures).all()):
-            raise NotFiniteError(
-                "the logits of the model or of the original hold NaN or Inf. Check its dtype."
-            )
+            raise NotFiniteError("the logits of the model or of the original hold NaN or Inf. Check its dtype.")
         sums.index_add_(1, row.cpu(), figures)
     return Sums(
         positions=scored.sum(dim=1).double().cpu(),
@@ -151,9 +149,7 @@ def evaluate_masked(
     }
     metrics |= _figures(sums, counts, "nats per masked token")
     measured = _language(metrics, sums, "row", "masked_tokens", seed)
-    return Measured(
-        metrics=metrics, protocol={**measured.protocol, "masked_share": share}, warnings=measured.warnings
-    )
+    return Measured(metrics=metrics, protocol={**measured.protocol, "masked_share": share}, warnings=measured.warnings)
 
 
 def draw_mask(free: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -182,9 +178,7 @@ def evaluate_logits(
     for batch in batches:
         ours, theirs = (x.unsqueeze(1) if x.ndim == 2 else x for x in (model(batch), base(batch)))
         if ours.ndim != 3:
-            raise InputError(
-                f"expected logits (rows, classes) or (rows, positions, classes); got {tuple(ours.shape)}."
-            )
+            raise InputError(f"expected logits (rows, classes) or (rows, positions, classes); got {tuple(ours.shape)}.")
         parts.append(compare_logits(ours, theirs, _positions(batch, ours)))
     sums = _join(parts)
     counts = resample(len(sums.positions), seed=seed)

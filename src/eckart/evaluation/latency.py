@@ -53,9 +53,7 @@ def measure_latency(
             turns = [(model, ours), (base, theirs)]
             for forward, times in turns if len(ours) % 2 == 0 else reversed(turns):
                 times.append(_seconds(forward, batch))
-        found.append(
-            Latency(batch=rows, length=length, model=statistics.median(ours), base=statistics.median(theirs))
-        )
+        found.append(Latency(batch=rows, length=length, model=statistics.median(ours), base=statistics.median(theirs)))
     progress("latency", len(batch_sizes), len(batch_sizes))
     return tuple(found)
 

@@ -162,14 +162,11 @@ def _windows(
     whole = found // body
     if whole == 0:
         raise InputError(
-            f"the data has {found} tokens, less than one window of {length}. "
-            "Give more text or a smaller length."
+            f"the data has {found} tokens, less than one window of {length}. Give more text or a smaller length."
         )
     chosen = _draw(whole, samples, seed)
     count = len(chosen)
-    running = torch.tensor([token for ids, _ in parts for token in ids][: whole * body]).view(whole, body)[
-        chosen
-    ]
+    running = torch.tensor([token for ids, _ in parts for token in ids][: whole * body]).view(whole, body)[chosen]
     sizes = torch.from_numpy(numpy.concatenate([size for _, size in parts])[: whole * body])
     sizes = sizes.view(whole, body)[chosen]
     scored = sizes.sum(1) if prefix else sizes[:, 1:].sum(1)

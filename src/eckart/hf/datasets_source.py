@@ -116,9 +116,7 @@ def choose_field(columns: Iterable[str] | None, field: str | None) -> str:
         return field
     found = next((name for name in _FIELDS if name in known), None)
     if found is None:
-        raise InputError(
-            f"which field holds the text? Name one with --field: {', '.join(known) or 'unknown'}."
-        )
+        raise InputError(f"which field holds the text? Name one with --field: {', '.join(known) or 'unknown'}.")
     return found
 
 
@@ -126,9 +124,7 @@ def _take(values: Iterable[Any], part: str | None, limit: int | None, column: st
     texts: list[str] = []
     for value in values:
         if not isinstance(value, str):
-            raise InputError(
-                f"the field {column!r} holds {type(value).__name__}, expected text. Name another."
-            )
+            raise InputError(f"the field {column!r} holds {type(value).__name__}, expected text. Name another.")
         if not value.strip() or (part is not None and _part_of(value) != part):
             continue
         texts.append(value)

@@ -83,9 +83,7 @@ def measure(
     )
 
 
-def _compare(
-    loaded: LoadedModel, base: LoadedModel, batches: Batches, seed: int, progress: Progress
-) -> Measured:
+def _compare(loaded: LoadedModel, base: LoadedModel, batches: Batches, seed: int, progress: Progress) -> Measured:
     if base.task == "embedding":
         pairs = []
         for done, batch in enumerate(batches):

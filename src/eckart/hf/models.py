@@ -292,24 +292,18 @@ def _read_json(path: Path) -> Any:
 
 def _read_pooling(source: str, modules: Path, name: str) -> Pooling:
     """How a sentence-transformers model pools, out of the folder that its modules.json names."""
-    folders = [
-        entry["path"] for entry in _read_json(modules) if str(entry.get("type", "")).endswith("Pooling")
-    ]
+    folders = [entry["path"] for entry in _read_json(modules) if str(entry.get("type", "")).endswith("Pooling")]
     if not folders:
         return "mean"
     file = _companion(source, f"{folders[0]}/config.json")
     if file is None:
-        raise FileError(
-            f"{name}: modules.json names {folders[0]}/config.json, which is missing. Copy it too."
-        )
+        raise FileError(f"{name}: modules.json names {folders[0]}/config.json, which is missing. Copy it too.")
     config = _read_json(file)
     if "pooling_mode" in config:
         modes = [config["pooling_mode"]]
     else:
         modes = [
-            key.removeprefix("pooling_mode_")
-            for key, on in config.items()
-            if "pooling_mode_" in key and on is True
+            key.removeprefix("pooling_mode_") for key, on in config.items() if "pooling_mode_" in key and on is True
         ]
     if len(modes) == 1 and modes[0] in _POOLINGS:
         return _POOLINGS[modes[0]]
@@ -322,9 +316,7 @@ def _read_pooling(source: str, modules: Path, name: str) -> Pooling:
 def _max_length(model: nn.Module, tokenizer: Any | None, source: str | None) -> int | None:
     limits: list[int] = []
     config = getattr(model, "config", None)
-    limits += [
-        getattr(config, key) for key in ("max_position_embeddings", "n_positions") if hasattr(config, key)
-    ]
+    limits += [getattr(config, key) for key in ("max_position_embeddings", "n_positions") if hasattr(config, key)]
     if tokenizer is not None:
         limits.append(tokenizer.model_max_length)
     if source is not None and (file := _companion(source, "sentence_bert_config.json")) is not None:

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import FileError, InputError, problems, unknown
-from eckart.layers import FACTORED, FactoredExperts, dense_keys, describe, layer_skeleton
+from eckart.layers import FACTORED, FactoredExperts, TiedLayer, dense_keys, describe, layer_skeleton
 
 QUANT_METHOD = "eckart"
 FORMAT_VERSION = 1
@@ -115,7 +115,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         entries = describe(model)
         self.quantization_config.modules = entries
-        model.config.quantization_config = self.quantization_config
+        model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
         state = dict(model.state_dict())
         for name, entry in entries.items():
             layer = model.get_submodule(name)
@@ -169,7 +169,8 @@ def put_skeletons(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) ->
         if table is not None:
             entry = {**entry, "table": table}
         try:
-            layer = layer_skeleton(entry, model.get_submodule(here), table and model.get_submodule(table))
+            owner = None if table is None else model.get_submodule(table)
+            layer = layer_skeleton(entry, model.get_submodule(here), owner)
         except (InputError, KeyError, TypeError, ValueError) as error:
             wrong.append(f"{name}: {error}")
             continue
@@ -232,16 +233,34 @@ def attach(model: nn.Module, quantizer: EckartQuantizer) -> None:
             module.quantization_method = QUANT_METHOD
             if hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
-    model.config.quantization_config = quantizer.quantization_config
+    model.config.quantization_config = quantizer.quantization_config  # type: ignore[union-attr]
 
 
 def densify(model: nn.Module) -> int:
     """Replace every factored layer by the dense one that it stands for; returns how many there were.
 
-    Heads and tables that shared factors get copies, so tie them again where the memory matters.
+    Heads and tables that shared factors share the dense table afterwards.
     """
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FACTORED)]
-    dense = [(name, layer.to_dense()) for name, layer in layers]
-    for name, layer in dense:
-        model.set_submodule(name, layer)
-    return len(dense)
+    dense = {id(layer): layer.to_dense() for _, layer in layers}
+    for name, layer in layers:
+        new = dense[id(layer)]
+        if isinstance(layer, TiedLayer):
+            new.weight = dense[id(layer.table)].get_parameter("weight")
+        model.set_submodule(name, new)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            _find_ties(module)
+    return len(layers)
+
+
+def _find_ties(model: PreTrainedModel) -> None:
+    """Set the ties that the class declares and the weights really have."""
+    model.__dict__.pop("_tied_weights_keys", None)
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    there = dict(model.named_parameters(remove_duplicate=False))
+    kept = {a: b for a, b in declared.items() if a in there and b in there and there[a] is there[b]}
+    if kept != declared and isinstance(model._tied_weights_keys, dict):
+        lost = {name for pair in declared.items() - kept.items() for name in pair[:1]}
+        model._tied_weights_keys = {a: b for a, b in model._tied_weights_keys.items() if a not in lost}
+    model.all_tied_weights_keys = kept

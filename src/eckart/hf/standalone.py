@@ -7,6 +7,7 @@ factored layer with its form and rank.
 - pivoted: ``a`` computes some of the outputs as they are, ``b`` the others from those, ``index`` orders them.
 """
 
+# mypy: ignore-errors
 import re
 
 import torch
@@ -16,13 +17,13 @@ from torch import nn
 class Factored(nn.Module):
     """``b`` after ``a``; in pivoted form the results of both, put in order along ``axis``."""
 
-    def __init__(self, a, b, axis, index, bias_view=None):
+    def __init__(self, a, b, axis, index, transposed=False):
         super().__init__()
         self.a = a
         self.b = b
         self.axis = axis
         self.register_buffer("index", index)
-        self.transposed = bool(bias_view)
+        self.transposed = transposed
 
     def forward(self, x):
         kept = self.a(x)

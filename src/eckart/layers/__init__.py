@@ -12,7 +12,7 @@ from eckart.layers.build import (
     unsupported,
 )
 from eckart.layers.conv import FactoredConv, PivotedConv
-from eckart.layers.embedding import FactoredEmbedding, PivotedEmbedding, TiedEmbedding, TiedHead
+from eckart.layers.embedding import FactoredEmbedding, PivotedEmbedding, TiedEmbedding, TiedHead, TiedLayer
 from eckart.layers.experts import FactoredExperts
 from eckart.layers.linear import FactoredLinear, PivotedLinear
 
@@ -27,6 +27,7 @@ __all__ = [
     "PivotedLinear",
     "TiedEmbedding",
     "TiedHead",
+    "TiedLayer",
     "dense_keys",
     "describe",
     "is_factored",

@@ -209,9 +209,7 @@ def _skeleton(kind: str, form: FormKind, rank: int, bias: bool, original: nn.Mod
     raise InputError(f"a {type(original).__name__} cannot become a factored layer of kind {kind!r}.")
 
 
-def layer_skeleton(
-    entry: Mapping[str, Any], original: nn.Module, table: nn.Module | None = None
-) -> nn.Module:
+def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Module | None = None) -> nn.Module:
     """The empty layer that ``entry`` speaks of (see :func:`describe`), on the device of ``original``.
 
     ``table`` is the factored embedding for entries with a key ``table``. Raises InputError where the entry

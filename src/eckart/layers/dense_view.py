@@ -35,9 +35,7 @@ class DenseView(Tensor):
     """Tells transformers' initialisation, which writes into weights by name (T5), to leave it alone."""
 
     @staticmethod
-    def __new__(
-        cls, build: Callable[[], Tensor], shape: Iterable[int], like: Tensor, requires_grad: bool
-    ) -> DenseView:
+    def __new__(cls, build: Callable[[], Tensor], shape: Iterable[int], like: Tensor, requires_grad: bool) -> DenseView:
         view: DenseView = Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=like.dtype, device=like.device, requires_grad=requires_grad
         )

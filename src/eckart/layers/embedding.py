@@ -60,9 +60,7 @@ class StructuredEmbedding(nn.Module):
     def to_dense(self) -> nn.Module:
         """An nn.Embedding with the same rows (to rounding)."""
         weight = nn.Parameter(self.dense().detach(), requires_grad=self.b.weight.requires_grad)
-        layer = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, _weight=weight
-        )
+        layer = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, _weight=weight)
         layer.weight.requires_grad_(self.b.weight.requires_grad)
         return layer.train(self.training)
 
@@ -133,6 +131,9 @@ class TiedLayer(nn.Module):
     @property
     def table(self) -> StructuredEmbedding:
         return self._table[0]
+
+    def to_dense(self) -> nn.Module:
+        raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:

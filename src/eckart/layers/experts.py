@@ -67,6 +67,7 @@ class FactoredExperts(nn.Module):
         """
         super().__init__()
         self.act_fn: Callable[[Tensor], Tensor] = original.act_fn  # type: ignore[assignment]
+        self._template: tuple[nn.Module]  # in a tuple, so that it is no child
         self.names: tuple[str, ...]
         self.shapes: dict[str, tuple[int, int, int]]
         self.forms: dict[str, tuple[FormKind, int]] = {}
@@ -194,7 +195,7 @@ class FactoredExperts(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The experts in the class that this layer replaced, with the same outputs to rounding."""
-        layer = copy.copy(self._template[0])
+        layer: nn.Module = copy.copy(self._template[0])
         learns = next(self.parameters()).requires_grad
         dense = {name: self.dense(name).detach() for name in self.names}
         layer._parameters = {name: nn.Parameter(W, requires_grad=learns) for name, W in dense.items()}

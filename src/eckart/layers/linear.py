@@ -96,8 +96,7 @@ class StructuredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"rank={self.rank}, bias={self.has_bias}"
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.has_bias}"
         )
 
 

@@ -14,10 +14,10 @@ def pivot_rows(left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """k rows of ``left`` (m, k) and the matrix that writes the other rows in terms of them.
 
     Returns ``kept`` (k,) and ``rest`` (m − k,), both int64 and ascending, and ``T`` (m − k, k) in
-    float64 with ``left[rest] = T @ left[kept]``. The same T holds for every ``left @ right``. Rows
-    come from a QR decomposition with column pivoting of an orthonormal basis of left's range, which
-    keeps the entries of T small (in practice below 2). Where ``left`` has rank p < k, k − p columns of T are
-    zero. O(m k²).
+    float64 with ``left[rest] = T @ left[kept]``. The same T holds for every ``left @ right``. The rows are
+    those that a QR decomposition with column pivoting picks from Qᵀ, where left = Q R: an orthonormal basis,
+    so that neither the scale of columns nor a lack of rank matters, and the entries of T stay small (in
+    practice below 2). O(m k²).
 
     Raises InputError unless 1 ≤ k ≤ m, NotFiniteError for NaN or Inf.
     """
@@ -25,16 +25,10 @@ def pivot_rows(left: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     m, k = left.shape
     if not 1 <= k <= m:
         raise InputError(f"pivot_rows: expected (m, k) with 1 ≤ k ≤ m; got ({m}, {k}).")
-    basis, triangle = torch.linalg.qr(left)
-    diagonal = triangle.diagonal().abs()
-    if diagonal.min() <= m * torch.finfo(torch.float64).eps * diagonal.max():
-        basis = left  # not of full rank: Q holds directions that left lacks
-    R, order = scipy.linalg.qr(basis.T.numpy(), mode="r", pivoting=True, check_finite=False)
-    R, order = torch.from_numpy(R), torch.from_numpy(order).long()
-    pivots = R.diagonal().abs()
-    p = int((pivots > m * torch.finfo(torch.float64).eps * pivots[0]).sum())
-    T = left.new_zeros(m - k, k)
-    T[:, :p] = torch.linalg.solve_triangular(R[:p, :p], R[:p, k:], upper=True).T
+    Q, _ = torch.linalg.qr(left)
+    triangle, order = scipy.linalg.qr(Q.T.numpy(), mode="r", pivoting=True, check_finite=False)
+    R, order = torch.from_numpy(triangle), torch.from_numpy(order).long()
+    T = torch.linalg.solve_triangular(R[:, :k], R[:, k:], upper=True).T
     kept, kept_order = order[:k].sort()
     rest, rest_order = order[k:].sort()
     return kept, rest, T[rest_order][:, kept_order]

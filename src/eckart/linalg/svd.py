@@ -24,7 +24,7 @@ _TRUSTED = 1e-4
 
 @dataclass(frozen=True)
 class SVD:
-    """A ≈ U diag(S) Vh, float64 on the CPU. The largest entry by magnitude of each column of U is positive."""
+    """A ≈ U diag(S) Vh, in float64 on the CPU. Signs: each column of U has a positive largest entry."""
 
     U: Tensor
     """(m, k), orthonormal columns."""

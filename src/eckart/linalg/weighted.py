@@ -41,9 +41,7 @@ class WeightedFactors:
     """(r + 1,): tr(G ΔW Σ ΔWᵀ) at rank 0 … r; never rising, errors[r] is 0."""
 
 
-def weighted_factors(
-    W: Tensor, second: Tensor | None = None, gradient: Tensor | None = None
-) -> WeightedFactors:
+def weighted_factors(W: Tensor, second: Tensor | None = None, gradient: Tensor | None = None) -> WeightedFactors:
     """Minimise tr(G ΔW Σ ΔWᵀ) at every rank, for W (m, n).
 
     ``second`` is Σ and ``gradient`` is G: positive semi-definite (n, n) and (m, m), or (n,) and (m,) for

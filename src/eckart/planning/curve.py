@@ -181,4 +181,5 @@ def _thin(
         site.slices * (one * bytes_per_number + indices),
         site.slices * macs,
         loss,
+        whole=whole,
     )

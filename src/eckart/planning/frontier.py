@@ -122,12 +122,8 @@ def _exchange(fronts: Sequence[Frontier], position: list[int], limit: float) -> 
         return False
     sites = np.array(movable)
     here = np.array([position[i] for i in movable])
-    freed = np.array(
-        [fronts[i].price[at] - fronts[i].price[at - 1] for i, at in zip(movable, here, strict=True)]
-    )
-    lost = np.array(
-        [fronts[i].value[at - 1] - fronts[i].value[at] for i, at in zip(movable, here, strict=True)]
-    )
+    freed = np.array([fronts[i].price[at] - fronts[i].price[at - 1] for i, at in zip(movable, here, strict=True)])
+    lost = np.array([fronts[i].value[at - 1] - fronts[i].value[at] for i, at in zip(movable, here, strict=True)])
     best, move = least, (-1, -1, -1)
     for up, front in enumerate(fronts):
         at = position[up]

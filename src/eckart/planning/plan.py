@@ -246,9 +246,7 @@ class _Reader:
             sizes[name] = Size(**figures)
         return Totals(**sizes, objective=float(self.value(row, "objective", (int, float), "totals", 0.0)))
 
-    def table(
-        self, data: Any, where: str, known: Iterable[str], required: Iterable[str] = ()
-    ) -> dict[str, Any] | None:
+    def table(self, data: Any, where: str, known: Iterable[str], required: Iterable[str] = ()) -> dict[str, Any] | None:
         """The mapping, less the keys that are unknown; None where it is none."""
         if not isinstance(data, Mapping):
             self.found.append(f"{where}: expected an object with keys; got {type(data).__name__}")

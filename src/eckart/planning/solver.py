@@ -19,9 +19,7 @@ Allocation = Literal["global", "uniform", "typewise"]
 """How a budget is spread: by loss over all sites, the same share everywhere, or by loss within like sites."""
 
 
-def solve(
-    curves: Sequence[Curve], budget: Budget, rest: Size, allocation: Allocation = "global"
-) -> list[Choice]:
+def solve(curves: Sequence[Curve], budget: Budget, rest: Size, allocation: Allocation = "global") -> list[Choice]:
     """One choice per curve, in order, that meets the budget from below.
 
     ``rest`` is what the model costs besides the sites; budgets over the whole model count it.
@@ -98,9 +96,7 @@ def _by_shares(
 
     picks = meet(np.ones(len(curves)))
     if allocation == "typewise":
-        lost = [
-            curve.choices.loss[step.index[at]] for curve, step, at in zip(curves, ladders, picks, strict=True)
-        ]
+        lost = [curve.choices.loss[step.index[at]] for curve, step, at in zip(curves, ladders, picks, strict=True)]
         picks = meet(typewise_weights(curves, np.array(lost)))
     return in_turn(picks, ladders, fits, 1 if rising else -1)
 
@@ -115,10 +111,11 @@ def _limit(curves: Sequence[Curve], costs: Sequence[Floats], budget: Budget, res
     dense = sum(_whole(curve, unit) for curve in curves)
     least = sum(int(cost.min()) for cost in costs)
     beside = {"model_keep": rest.parameters, "parameters": rest.parameters, "bytes": rest.bytes}.get(unit, 0)
-    # The share that was written, as a decimal number: 0.6 of 10 is 6, which in binary it is not.
-    asked = Fraction(str(getattr(budget, unit)))
-    whole = asked * (dense + beside) if unit in ("keep", "model_keep") else asked
-    limit = math.floor(whole) - beside
+    asked = Fraction(getattr(budget, unit))
+    if unit in ("keep", "model_keep"):
+        # A float stands for every share that rounds to it: 0.6 of 10 is 6, a third of 9 is 3.
+        asked *= (dense + beside) * (1 + Fraction(1, 2**50))
+    limit = math.floor(asked) - beside
     if limit < least:
         nearest = _in_unit(least + beside, dense + beside, unit)
         raise BudgetError(

@@ -48,7 +48,7 @@ def as_texts(
     if isinstance(data, TextData):
         return data
     if isinstance(data, (str, os.PathLike)):
-        return texts_of(os.fspath(data), part=part, limit=limit, seed=seed, field=field)  # type: ignore[arg-type]
+        return texts_of(os.fspath(data), part=part, limit=limit, seed=seed, field=field)
     return TextData.of(data, part=part)
 
 
