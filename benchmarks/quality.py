@@ -39,7 +39,6 @@ ROWS = {
     "svd, uniform": ("svd", "uniform", LOWRANK),
     "fwsvd (rows), uniform": ("fwsvd", "uniform", LOWRANK),
     "asvd, uniform": ("asvd", "uniform", LOWRANK),
-    "lord, uniform": ("lord", "uniform", LOWRANK),
     "afm, uniform": ("afm", "uniform", LOWRANK),
     "whitened, uniform": ("whitened", "uniform", LOWRANK),
     "whitened, type-wise": ("whitened", "typewise", LOWRANK),

@@ -136,7 +136,7 @@ def test_compress_in_one_command_and_what_it_refuses_afterwards(llama, bert, tex
     for arguments, code, words in (
         ((llama, "--data", texts, "--keep", ".5", "-o", small), 2, "--overwrite"),
         ((bert, "--plan", tmp_path / "plan.json", "--data", texts, "-o", tmp_path / "x"), 2, "model"),
-        ((llama, "--data", texts, "--max-bytes", "9kB", "-o", tmp_path / "x"), 2, "nearest"),
+        ((llama, "--data", texts, "--max-bytes", "9kB", "-o", tmp_path / "x"), 2, "cannot be met"),
         ((llama, "--data", texts, "--keep", ".5", "--include", "q_prj", "-o", tmp_path / "x"), 2, "q_proj"),
         ((llama, "--data", texts, "--keep", ".5", "--method", "kfca", "-o", tmp_path / "x"), 2, "kfac"),
         ((tmp_path / "no" / "model", "--data", texts, "--keep", ".5", "-o", tmp_path / "x"), (1, 2), "model"),

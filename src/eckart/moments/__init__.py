@@ -1,7 +1,8 @@
 """Second moments of a model, collected once and used everywhere."""
 
-from eckart.moments.collect import Gradients, collect
+from eckart.moments.collect import collect
 from eckart.moments.losses import Batch, LossFn, gauss_newton, sampled_targets
+from eckart.moments.observe import Gradients
 from eckart.moments.site import SiteMoments
 from eckart.moments.store import Moments
 

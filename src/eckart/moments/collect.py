@@ -75,10 +75,6 @@ def collect(
             first, tokens = first + rows.rows, tokens + rows.tokens
             del outputs
     progress("calibrate", len(batches), len(batches))
-    for sums in observer.inputs.values():
-        sums.finish()
-    for gradient in observer.gradient_sums.values():
-        gradient.finish()
     order = [site.name for site in sites if site.name in observer.input_of]
     moments = Moments(
         fingerprint_of(model) if fingerprint is None else fingerprint,
@@ -92,6 +88,7 @@ def collect(
             "gradients": gradients,
             "loss": "none" if loss is None else getattr(loss, "__qualname__", type(loss).__name__).split(".")[0],
             "probes": probes if gradients != "none" else 0,
+            "fisher": observer.fisher,
             "seed": seed,
             "batches": len(batches),
             "torch": torch.__version__,
@@ -143,8 +140,8 @@ def _backward(
             raise InputError("the loss depends on none of the sites, so it says nothing about them.")
         # No weight needs a gradient: what is asked for are the beginnings of the graph, and hooks read the rest.
         torch.autograd.grad(value, observer.leaves, retain_graph=probe < probes - 1, allow_unused=True)
-        units += float(count) / probes
-    return units
+        units += float(count)
+    return units / probes
 
 
 def _moved(batch: Batch, model: nn.Module) -> Batch:
@@ -200,7 +197,7 @@ def _watched(model: nn.Module, sites: Sequence[Site], observer: Observer) -> Ite
     handles = []
     try:
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] == "decoder":
+            if name.rpartition(".")[2] == "decoder" and any(True for _ in module.children()):
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(leave))
         for site in sites:

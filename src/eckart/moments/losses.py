@@ -13,14 +13,19 @@ from eckart.errors import InputError
 
 Batch = Mapping[str, Any] | Tensor
 LossFn = Callable[[Any, Batch, torch.Generator], tuple[Tensor, float]]
-"""``loss(outputs, batch, generator)``: the loss summed over the units of the batch, and how many units there are."""
+"""``loss(outputs, batch, generator)``: the loss summed over the units of the batch, and how many units there are.
+The generator is on the CPU."""
+
+CHUNK_NUMBERS = 1 << 23
+"""Probabilities that are held in float64 at a time while targets are drawn (64 MB)."""
 
 
 def sampled_targets(outputs: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Cross-entropy of targets drawn from the model's own softmax, one per unmasked position.
+    """Cross-entropy of targets drawn from the model's own softmax, one per position that is no padding.
 
-    The second moments of its gradients are the true Fisher information, so ½ tr(G ΔW Σ ΔWᵀ) estimates
-    KL(original ‖ changed) per position in nats. Needs ``outputs.logits``, or logits as the output, (…, classes).
+    The second moments of its gradients are the Fisher information itself, not the "empirical" one of given labels,
+    so ½ tr(G ΔW Σ ΔWᵀ) estimates KL(original ‖ changed) per position in nats. Units are positions.
+    Needs ``outputs.logits``, or logits as the output, (…, classes); raises InputError where there are none.
     """
     logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor):
@@ -28,26 +33,43 @@ def sampled_targets(outputs: Any, batch: Batch, generator: torch.Generator) -> t
             f"sampled_targets needs logits; the model returned {type(outputs).__name__}. "
             "For models without a head use gauss_newton."
         )
-    flat = logits.reshape(-1, logits.shape[-1]).float()
-    mask = None
-    if isinstance(batch, Mapping):
-        names = ("decoder_attention_mask", "attention_mask")
-        found = (batch[name] for name in names if isinstance(batch.get(name), Tensor))
-        mask = next((m for m in found if m.shape == logits.shape[:-1]), None)
-    if mask is not None:
-        flat = flat[mask.reshape(-1) != 0]
-    with torch.no_grad():
-        cumulated = flat.softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(flat), 1, generator=generator).to(flat.device) * cumulated[:, -1:]
-        targets = torch.searchsorted(cumulated, drawn).squeeze(1).clamp(max=flat.shape[-1] - 1)
+    mask = _mask(outputs, batch, logits)
+    flat = logits.reshape(-1, logits.shape[-1])
+    flat = (flat if mask is None else flat[mask.reshape(-1) != 0]).to(
+        torch.promote_types(logits.dtype, torch.float32)
+    )
+    targets = draw(flat.detach(), generator)
     return cross_entropy(flat, targets, reduction="sum"), float(len(flat))
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """(N, classes) → (N,): a class per row with probability softmax(logits), the same on every device."""
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64
+    drawn = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
+    step = max(1, CHUNK_NUMBERS // logits.shape[-1])
+    for start in range(0, len(logits), step):
+        cumulated = logits[start : start + step].to(precise).softmax(-1).cumsum(-1)
+        u = uniform[start : start + step].to(logits.device, precise)
+        target = torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True)
+        drawn.append(target.squeeze(1).clamp(max=logits.shape[-1] - 1))
+    return torch.cat(drawn)
+
+
+def _mask(outputs: Any, batch: Batch, logits: Tensor) -> Tensor | None:
+    """The padding mask that belongs to the logits; in an encoder-decoder model that of the decoder."""
+    if not isinstance(batch, Mapping):
+        return None
+    decodes = getattr(outputs, "encoder_last_hidden_state", None) is not None
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
 
 
 def gauss_newton(output_of: Callable[[Any, Batch], Tensor]) -> LossFn:
     """⟨v, output⟩ with v ~ N(0, I) drawn per unit, ``output_of(outputs, batch)`` being (units, d).
 
-    E over v of its squared directional derivative is ‖J δ‖², so ½ tr(G ΔW Σ ΔWᵀ) estimates half the squared change of
-    the output: 1 − cosine for normalised embeddings.
+    With J the derivative of the output by a layer's, E over v of the squared gradient along δ is ‖J δ‖², so
+    ½ tr(G ΔW Σ ΔWᵀ) estimates half the squared change of the output per unit: 1 − cosine for normalised embeddings.
     """
 
     def loss(outputs: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -55,4 +77,5 @@ def gauss_newton(output_of: Callable[[Any, Batch], Tensor]) -> LossFn:
         v = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
         return (output * v).sum(), float(output.shape[0])
 
+    loss.__qualname__ = "gauss_newton"
     return loss

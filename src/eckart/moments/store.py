@@ -1,29 +1,26 @@
-"""The moments of a model: sums that add up, means on demand, one file."""
+"""The moments of a model: sums that add up, and means on demand."""
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-from collections.abc import Mapping
-from pathlib import Path
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from eckart.errors import FileError, InputError, MismatchError, unknown
+from eckart.errors import EckartWarning, InputError, MismatchError, unknown
 from eckart.moments.accumulators import GradientSums, InputSums
+from eckart.moments.distributed import add_up, cpu_group, gather, processes
+from eckart.moments.files import read_file, write_file
 from eckart.moments.site import SiteMoments
 
-FORMAT_VERSION = 1
 POOLING = 1.0
-"""c, in multiples of the in-features: an expert with n tokens keeps n / (n + c · in) of its own moments."""
-_KEY = "eckart"
-_HALVES = {"A": [0], "B": [1], None: [0, 1]}
+"""c, in multiples of the in-features: an expert with n tokens keeps n / (n + c · in) of its own moments. The error of
+a second moment from n tokens falls as in/n, so that the two weigh the same where the estimate is as wrong as large."""
+_HALVES: dict[str | None, list[int]] = {"A": [0], "B": [1], None: [0, 1]}
+_COUNTS = ("tokens", "units", "batches")
 
 
 class Moments:
@@ -47,8 +44,10 @@ class Moments:
         """For each site the key of its input: sites that read one tensor share its moments."""
         self.tokens = tokens
         self.units = units
-        self.meta = dict(meta)
+        """What the loss was summed over: tokens, sentences or rows."""
+        self.meta: dict[str, Any] = {**meta, "tokens": tokens, "units": units}
         """What they were collected on; JSON values."""
+        self._pooled: tuple[tuple[str, str | None], SiteMoments] | None = None
 
     def names(self) -> list[str]:
         """The sites that the data reached."""
@@ -66,60 +65,97 @@ class Moments:
         """The means of one matrix of a site, over half A, half B or all of the data.
 
         Slices of a mixture of experts are drawn to the mean of all experts where they saw few tokens: with n
-        tokens and c = ``POOLING`` · in-features an expert's moments keep the weight n / (n + c).
+        tokens and c = ``POOLING`` · in-features an expert's moments keep the weight n / (n + c). Their ``count``
+        and ``tokens_per_unit`` stay their own, 0 where no token came.
         Raises InputError for an unknown site or slice, and for a half without tokens.
         """
         if name not in self.input_of:
-            lost = self.meta.get("unreached", [])
-            if name in lost:
+            if name in self.meta.get("unreached", []):
                 raise InputError(f"{name}: no calibration token reached this site. Exclude it, or use other data.")
             raise InputError(unknown("site", name, self.names()))
+        if half not in _HALVES:
+            raise InputError(f"half is 'A', 'B' or None; got {half!r}.")
         inputs = self.inputs[self.input_of[name]]
-        gradients = self.gradients.get(name)
         slices = inputs.count.shape[1]
         if not 0 <= slice < slices:
             raise InputError(f"{name} has slices 0 … {slices - 1}; got {slice}.")
-        picked = _HALVES[half]
-        if not int(inputs.count[picked].sum()):
+        if not int(inputs.count[_HALVES[half]].sum()):
             raise InputError(f"{name}: half {half or 'A + B'} of the calibration holds no token; use more data.")
-        own = self._mean(name, picked, [slice], inputs, gradients)
-        if slices == 1 or self.meta.get("pooled", {}).get(name) is None:
+        own = self._mean(name, _HALVES[half], [slice])
+        if slices == 1 or not self.meta.get("pooled", {}).get(name):
             return own
-        pooled = self._mean(name, picked, list(range(slices)), inputs, gradients)
-        return _mix(own, pooled, own.count / (own.count + POOLING * inputs.total.shape[-1]))
+        if self._pooled is None or self._pooled[0] != (name, half):
+            self._pooled = ((name, half), self._mean(name, _HALVES[half], list(range(slices))))
+        return _mix(own, self._pooled[1], own.count / (own.count + POOLING * inputs.total.shape[-1]))
 
-    def _mean(
-        self, name: str, halves: list[int], slices: list[int], inputs: InputSums, gradients: GradientSums | None
-    ) -> SiteMoments:
-        def total(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[halves][:, slices].sum((0, 1))
+    def _mean(self, name: str, halves: Sequence[int], slices: Sequence[int]) -> SiteMoments:
+        """The means over ``slices``. ``tokens_per_unit`` counts both halves, as the units do."""
+        inputs, gradients = self.inputs[self.input_of[name]], self.gradients.get(name)
+        count = sum(int(inputs.count[half, slice_]) for half in halves for slice_ in slices)
+        everything = sum(int(inputs.count[half, slice_]) for half in (0, 1) for slice_ in slices)
 
-        count = int(inputs.count[halves][:, slices].sum())
-        n = max(count, 1)
-        mean = inputs.total[halves][:, slices].sum((0, 1)) / n
-        second = total(inputs.second)
-        found = {
-            "gradient": total(gradients.second) if gradients else None,
-            "fisher_rows": total(gradients.rows) if gradients else None,
-            "fisher_columns": total(gradients.columns) if gradients else None,
-        }
+        def mean(sums: Tensor | None) -> Tensor | None:
+            if sums is None:
+                return None
+            total = torch.zeros_like(sums[0, 0])
+            for half in halves:
+                for slice_ in slices:
+                    total += sums[half, slice_]
+            return total.div_(max(count, 1))
+
+        scale = None if gradients is None else mean(gradients.scale)
+        first = mean(inputs.total)
         return SiteMoments(
             count=count,
-            mean=mean,
-            second=mean if second is None else second / n,
-            gradient_scale=None if gradients is None else float(gradients.scale[halves][:, slices].sum()) / n,
-            tokens_per_unit=self._total_count(name) / self.units if self.units else 1.0,
-            **{key: None if value is None else value / n for key, value in found.items()},
+            mean=first,
+            second=first if inputs.second is None else mean(inputs.second),
+            gradient=None if gradients is None else mean(gradients.second),
+            gradient_scale=None if scale is None else float(scale),
+            fisher_rows=None if gradients is None else mean(gradients.rows),
+            fisher_columns=None if gradients is None else mean(gradients.columns),
+            tokens_per_unit=everything / self.units if self.units else 1.0,
         )
 
-    def _total_count(self, name: str) -> float:
-        """Tokens of a site over both halves; per slice where the slices share them (grouped convolutions)."""
-        counts = self.inputs[self.input_of[name]].count.sum(0)
-        return float(counts.sum()) if self.meta.get("pooled", {}).get(name) else float(counts.max())
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both data sets together.
 
-    # Sums -------------------------------------------------------------------------------------------------------
+        Sites that one of them did not reach are taken from the other. ``meta`` adds up what counts and keeps the rest
+        of ``self``, with the names of both data. Raises MismatchError where model, sites or kinds of gradients differ.
+        """
+        parts = [self._structure(), other._structure()]
+        input_of, shapes = _union(parts)
+        mine, theirs = self._sums(), other._sums()
+        merged = {name: torch.zeros(shape, dtype=_dtype(name)) for name, shape in shapes.items()}
+        for sums in (mine, theirs):
+            for name, value in sums.items():
+                merged[name] += value
+        meta = _merged_meta([part["meta"] for part in parts], input_of)
+        data = list(dict.fromkeys(str(moments.meta.get("data", "?")) for moments in (self, other)))
+        return _from_sums(merged, self.fingerprint, input_of, {**meta, "data": " + ".join(data)})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def all_reduce(self) -> None:
+        """Add up, in place, the moments of all processes of the default ``torch.distributed`` group.
+
+        Alone, nothing happens. Raises MismatchError, in every process, where model, sites or kinds of gradients
+        differ.
+        """
+        if processes() == 1:
+            return
+        group = cpu_group()
+        parts = gather(self._structure(), group)
+        input_of, shapes = _union(parts)
+        sums = self._sums()
+        names = sorted(shapes)
+        for name in names:
+            sums.setdefault(name, torch.zeros(shapes[name], dtype=_dtype(name)))
+        add_up([sums[name] for name in names], group)
+        meta = _merged_meta([part["meta"] for part in parts], input_of)
+        whole = _from_sums(sums, self.fingerprint, input_of, meta)
+        self.inputs, self.gradients, self.input_of = whole.inputs, whole.gradients, whole.input_of
+        self.tokens, self.units, self.meta, self._pooled = whole.tokens, whole.units, whole.meta, None
+        warn_scarce(self)
+
+    def _sums(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for key, sums in self.inputs.items():
             found |= {f"input/{key}/count": sums.count, f"input/{key}/total": sums.total}
@@ -132,146 +168,104 @@ class Moments:
                     found[f"gradient/{key}/{part}"] = value
         return found
 
-    def merge(self, other: Moments) -> Moments:
-        """The moments of both data sets together. Raises MismatchError where model, sites or modes differ."""
-        mine, theirs = self._tensors(), other._tensors()
-        if self.fingerprint != other.fingerprint or self.input_of != other.input_of or mine.keys() != theirs.keys():
-            raise MismatchError("moments can be merged where model, sites and kinds of gradients are the same.")
-        merged = Moments.load_from(
-            {key: value + theirs[key] for key, value in mine.items()},
-            self.fingerprint,
-            self.input_of,
-            self.tokens + other.tokens,
-            self.units + other.units,
-            {**self.meta, "data": f"{self.meta.get('data', '?')} + {other.meta.get('data', '?')}"},
-        )
-        merged.meta["batches"] = int(self.meta.get("batches", 0)) + int(other.meta.get("batches", 0))
-        return merged
-
-    def all_reduce(self) -> None:
-        """Add up, in place, the moments of all processes of the default ``torch.distributed`` group."""
-        for value in self._tensors().values():
-            torch.distributed.all_reduce(value)
-        counts = torch.tensor(
-            [float(self.tokens), self.units, float(self.meta.get("batches", 0))], dtype=torch.float64
-        )
-        torch.distributed.all_reduce(counts)
-        self.tokens, self.units = int(counts[0]), float(counts[1])
-        self.meta |= {"batches": int(counts[2]), "tokens": self.tokens, "units": self.units}
-
-    # Files ------------------------------------------------------------------------------------------------------
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all; symmetric matrices are packed. Raises FileError."""
-        target = Path(path)
-        tensors = {
-            key: _packed(value) if key.endswith("/second") else value.clone()
-            for key, value in self._tensors().items()
-        }
-        header = {
-            "format_version": FORMAT_VERSION,
+    def _structure(self) -> dict[str, Any]:
+        """Everything but the sums, as JSON."""
+        return {
             "fingerprint": self.fingerprint,
             "input_of": self.input_of,
-            "tokens": self.tokens,
-            "units": self.units,
+            "shapes": {name: list(value.shape) for name, value in self._sums().items()},
             "meta": self.meta,
         }
-        beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            save_file(tensors, beside, metadata={_KEY: json.dumps(header)})
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            beside.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise FileError(f"the moments could not be written to {target}: {error}.") from error
-        finally:
-            beside.unlink(missing_ok=True)
+
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float64) -> None:
+        """Write a safetensors file, whole or not at all; symmetric matrices are packed.
+
+        ``dtype`` float32 halves the file and rounds the sums. Raises FileError where it cannot be written.
+        """
+        if dtype not in (torch.float64, torch.float32):
+            raise InputError(f"moments are saved as float64 or float32; got {dtype}.")
+        write_file(path, self._sums(), self._structure(), dtype)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Read a file that :meth:`save` wrote. Raises FileError for anything else, cut short or damaged."""
-        source = Path(path)
-        if not source.is_file():
-            raise FileError(f"there is no moments file {source}. Make one with: eckart calibrate MODEL --data … -o FILE")
-        try:
-            with safe_open(source, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if _KEY not in metadata:
-                    raise FileError(f"{source} is a safetensors file, but holds no moments of Eckart.")
-                header = json.loads(metadata[_KEY])
-                if header.get("format_version") != FORMAT_VERSION:
-                    raise FileError(
-                        f"{source} has format version {header.get('format_version')!r}; "
-                        f"this Eckart reads {FORMAT_VERSION}."
-                    )
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            for key in list(tensors):
-                if key.endswith("/second"):
-                    tensors[key] = _unpacked(tensors[key], key)
-            return cls.load_from(
-                tensors,
-                header["fingerprint"],
-                header["input_of"],
-                header["tokens"],
-                header["units"],
-                header["meta"],
-            )
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, FileError):
-                raise
-            raise FileError(
-                f"{source} is no moments file, or is cut short or damaged ({type(error).__name__}: {error}). Calibrate again."
-            ) from error
+        sums, structure = read_file(path)
+        return _from_sums(sums, structure["fingerprint"], structure["input_of"], structure["meta"])
 
-    @classmethod
-    def load_from(
-        cls,
-        tensors: Mapping[str, Tensor],
-        fingerprint: str,
-        input_of: Mapping[str, str],
-        tokens: int,
-        units: float,
-        meta: Mapping[str, Any],
-    ) -> Moments:
-        """From named sums; raises KeyError or ValueError where one is missing or has another shape."""
-        inputs, gradients = {}, {}
-        for key in dict.fromkeys(input_of.values()):
-            count, total = tensors[f"input/{key}/count"], tensors[f"input/{key}/total"]
-            second = tensors.get(f"input/{key}/second")
-            if total.shape[:2] != count.shape or (second is not None and second.shape[:-1] != total.shape):
-                raise ValueError(f"the sums of {key} do not fit each other")
-            sums = InputSums(count.shape[1], 0, matrix=False)
-            sums.count, sums.total, sums.second = count, total, second
-            inputs[key] = sums
-        for key in input_of:
-            if (scale := tensors.get(f"gradient/{key}/scale")) is None:
-                continue
-            gradient = GradientSums(scale.shape[1], 0, 0, full=False, fisher=False)
-            gradient.scale = scale
-            gradient.second = tensors.get(f"gradient/{key}/second")
-            gradient.rows = tensors.get(f"gradient/{key}/rows")
-            gradient.columns = tensors.get(f"gradient/{key}/columns")
+
+def warn_scarce(moments: Moments) -> None:
+    """One EckartWarning for all inputs that were seen on fewer tokens than they have features."""
+    few = [
+        (key, int(sums.count.sum(0).min()), sums.total.shape[-1])
+        for key, sums in moments.inputs.items()
+        if sums.second is not None and int(sums.count.sum(0).min()) < sums.total.shape[-1]
+    ]
+    if few:
+        key, count, width = min(few, key=lambda found: found[1] / found[2])
+        warnings.warn(
+            f"{len(few)} inputs were seen on fewer tokens than they have features (as {key}: {count} of {width}). "
+            "Their moments are singular and fit this data too well; calibrate on more.",
+            EckartWarning,
+            stacklevel=4,
+        )
+
+
+def _from_sums(
+    sums: Mapping[str, Tensor], fingerprint: str, input_of: Mapping[str, str], meta: Mapping[str, Any]
+) -> Moments:
+    inputs, gradients = {}, {}
+    for key in dict.fromkeys(input_of.values()):
+        found = InputSums(1, 0, matrix=False)
+        found.count, found.total = sums[f"input/{key}/count"], sums[f"input/{key}/total"]
+        found.second = sums.get(f"input/{key}/second")
+        inputs[key] = found
+    for key in input_of:
+        if (scale := sums.get(f"gradient/{key}/scale")) is not None:
+            gradient = GradientSums(1, 0, 0, full=False, fisher=False)
+            gradient.scale, gradient.second = scale, sums.get(f"gradient/{key}/second")
+            gradient.rows = sums.get(f"gradient/{key}/rows")
+            gradient.columns = sums.get(f"gradient/{key}/columns")
             gradients[key] = gradient
-        return cls(fingerprint, inputs, gradients, input_of, tokens, units, meta)
+    return Moments(fingerprint, inputs, gradients, input_of, int(meta["tokens"]), float(meta["units"]), meta)
 
 
-def _packed(stack: Tensor) -> Tensor:
-    """(…, d, d) → (…, d (d + 1) / 2), the lower triangles row by row."""
-    d = stack.shape[-1]
-    rows, columns = torch.tril_indices(d, d)
-    return stack[..., rows, columns].contiguous()
+def _dtype(name: str) -> torch.dtype:
+    return torch.int64 if name.endswith("/count") else torch.float64
 
 
-def _unpacked(packed: Tensor, key: str) -> Tensor:
-    length = packed.shape[-1]
-    d = int((2 * length + 0.25) ** 0.5)
-    if d * (d + 1) // 2 != length:
-        raise ValueError(f"{key} is no packed triangle")
-    stack = packed.new_zeros(*packed.shape[:-1], d, d)
-    rows, columns = torch.tril_indices(d, d)
-    stack[..., rows, columns] = packed
-    stack[..., columns, rows] = packed
-    return stack
+def _union(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """Sites and shapes of all parts together. Raises MismatchError where they do not add up."""
+    first = parts[0]
+    input_of: dict[str, str] = {}
+    shapes: dict[str, list[int]] = {}
+    for part in parts:
+        if part["fingerprint"] != first["fingerprint"]:
+            raise MismatchError("moments of two different models cannot be added up.")
+        for what in ("gradients", "loss", "fisher"):
+            if part["meta"].get(what) != first["meta"].get(what):
+                raise MismatchError(
+                    f"moments with {what} {first['meta'].get(what)!r} and {part['meta'].get(what)!r} cannot be "
+                    "added up."
+                )
+        known = set(part["input_of"]) | set(part["meta"].get("unreached", []))
+        if known != set(first["input_of"]) | set(first["meta"].get("unreached", [])):
+            raise MismatchError("moments of two different selections of sites cannot be added up.")
+        for site, key in part["input_of"].items():
+            if input_of.setdefault(site, key) != key:
+                raise MismatchError(f"{site} read the input {input_of[site]} in one part and {key} in another.")
+        for name, shape in part["shapes"].items():
+            if shapes.setdefault(name, shape) != shape:
+                raise MismatchError(f"{name} has shape {shapes[name]} in one part and {shape} in another.")
+    return input_of, shapes
+
+
+def _merged_meta(metas: Sequence[Mapping[str, Any]], reached: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        **metas[0],
+        **{name: sum(meta.get(name, 0) for meta in metas) for name in _COUNTS},
+        "unreached": [name for name in metas[0].get("unreached", []) if name not in reached],
+        "unmasked": sorted({name for meta in metas for name in meta.get("unmasked", [])}),
+    }
 
 
 def _mix(own: SiteMoments, pooled: SiteMoments, share: float) -> SiteMoments:

@@ -46,12 +46,16 @@ class BatchTokens:
     @classmethod
     def of(cls, batch: Mapping[str, Any] | Tensor, first: int) -> BatchTokens:
         if isinstance(batch, Tensor):
+            if batch.ndim == 0 or batch.numel() == 0:
+                raise InputError(f"a batch has the shape (batch, …) and holds numbers; got {tuple(batch.shape)}.")
             return cls(batch.shape[0], first, None, None, batch.shape[0])
         mask, decoder_mask = _mask(batch, "attention_mask"), _mask(batch, "decoder_attention_mask")
         leading = [v for v in batch.values() if isinstance(v, Tensor) and v.ndim > 0]
         if not leading:
             raise InputError("a batch is a tensor or a mapping with at least one tensor of shape (batch, …).")
         sample = mask if mask is not None else batch.get("input_ids", leading[0])
+        if sample.numel() == 0:
+            raise InputError(f"a batch holds no token: its shape is {tuple(sample.shape)}. Leave it out.")
         if mask is not None:
             tokens = int(mask.sum())
         else:
@@ -66,10 +70,8 @@ class BatchTokens:
         """
         n = math.prod(leading)
         mask = self.decoder_mask if decoder else self.mask
-        if leading and leading[0] == self.rows or (n and n % self.rows == 0):
-            row = torch.arange(n) // max(n // self.rows, 1)
-        else:
-            row = torch.arange(n)
+        per_row = max(n // self.rows, 1) if n % self.rows == 0 else 1
+        row = torch.arange(n) // per_row
         half = (row + self.first) % 2
         unused = False
         if mask is not None:
