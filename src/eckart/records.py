@@ -138,7 +138,7 @@ class Budget:
         return float(getattr(self, self.unit))
 
     def __str__(self) -> str:
-        return f"{self.unit} {self.value:g} ({BUDGET_WORDS[self.unit]})"
+        return f"{self.unit} {getattr(self, self.unit)} ({BUDGET_WORDS[self.unit]})"
 
 
 @dataclass(frozen=True, kw_only=True)

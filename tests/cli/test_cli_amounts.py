@@ -26,16 +26,12 @@ def test_bytes(text, bytes_):
     assert parse_bytes(text) == bytes_
 
 
-@pytest.mark.parametrize(
-    ("text", "count"), [("15M", 15 * 10**6), ("7B", 7 * 10**9), ("300k", 300_000), (4, 4)]
-)
+@pytest.mark.parametrize(("text", "count"), [("15M", 15 * 10**6), ("7B", 7 * 10**9), ("300k", 300_000), (4, 4)])
 def test_counts(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize(
-    "text", ["40QB", "MB", "", "-3MB", "0", "0.2", "1..5MB", "inf", "nan", True, None, [1]]
-)
+@pytest.mark.parametrize("text", ["40QB", "MB", "", "-3MB", "0", "0.2", "1..5MB", "inf", "nan", True, None, [1]])
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="40MB"):
         parse_bytes(text)

@@ -124,9 +124,7 @@ def test_wrong_use(run, verbs, place, case):
 
 
 def test_all_problems_are_reported_at_once(run, verbs, place):
-    ran = run(
-        "compress", "--keep", ".5", "--max-loss", "1", "--moments", "no", "--data", "no.txt", "-o", "model"
-    )
+    ran = run("compress", "--keep", ".5", "--max-loss", "1", "--moments", "no", "--data", "no.txt", "-o", "model")
     assert "6 problems" in ran.err
     for words in ("MODEL", "2 are given", "no.txt", "exclude each other", "--overwrite", "no does not exist"):
         assert words in ran.err
@@ -172,9 +170,7 @@ def test_python_dash_m(place):
     assert ran.stdout.startswith("eckart ")
 
 
-COMMANDS = (
-    *("calibrate", "plan", "compress", "evaluate", "export", "methods", "claims", "doctor", "demo", "schema"),
-)
+COMMANDS = (*("calibrate", "plan", "compress", "evaluate", "export", "methods", "claims", "doctor", "demo", "schema"),)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""The commands on tiny random models, in processes of their own, as a user runs them."""
+"""The commands on tiny random models, end to end: in processes of their own where that makes a difference."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_stand_ins import Ran
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -22,10 +23,11 @@ from eckart.moments import Moments  # noqa: E402
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "110"}
 
 
-def eckart(*arguments: object, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def eckart(*arguments: object, launcher: tuple[str, ...] = ()) -> Ran:
     modules = [*launcher, "-m", "eckart"] if launcher else ["eckart"]
     command = [sys.executable, "-m", *modules, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -88,47 +90,48 @@ SHORT = ("--samples", "24", "--length", "32")
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_from_calibration_to_export(request, family, texts, tmp_path):
+def test_from_calibration_to_export(request, run, family, texts, tmp_path):
+    start = eckart if family == "llama" else run
     model = request.getfixturevalue(family)
     moments, plan = tmp_path / "moments.safetensors", tmp_path / "plan.json"
     small, dense = tmp_path / "small", tmp_path / "dense"
 
-    ran = eckart("calibrate", model, "--data", texts, "-o", moments, *SHORT, "--json")
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["sites"]
+    ran = start("calibrate", model, "--data", texts, "-o", moments, *SHORT, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["sites"]
 
-    ran = eckart("plan", model, "--moments", moments, "--keep", "0.6", "-o", plan, "--json")
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["plan"] == json.loads(plan.read_text())
+    ran = start("plan", model, "--moments", moments, "--keep", "0.6", "-o", plan, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["plan"] == json.loads(plan.read_text())
 
-    ran = eckart("compress", model, "--moments", moments, "--plan", plan, "-o", small, "--json")
-    assert ran.returncode == 0, ran.stderr
-    outcome = json.loads(ran.stdout)["outcome"]
+    ran = start("compress", model, "--moments", moments, "--plan", plan, "-o", small, "--json")
+    assert ran.code == 0, ran.err
+    outcome = json.loads(ran.out)["outcome"]
     share = outcome["sites_after"]["parameters"] / outcome["sites_before"]["parameters"]
     assert 0.4 < share <= 0.6
     for name in ("config.json", "eckart.json", "README.md", "report.html"):
         assert (small / name).is_file()
 
-    ran = eckart("doctor", small, "--json")
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["whole"] is True
+    ran = start("doctor", small, "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["whole"] is True
 
-    ran = eckart("evaluate", small, "--against", model, "--data", texts, *SHORT, "--no-latency", "--json")
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["evaluation"]["metrics"]
+    ran = start("evaluate", small, "--against", model, "--data", texts, *SHORT, "--no-latency", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["evaluation"]["metrics"]
 
-    ran = eckart("export", small, "--to", "dense", "-o", dense)
-    assert ran.returncode == 0, ran.stderr
-    assert "save nothing" in ran.stderr
+    ran = start("export", small, "--to", "dense", "-o", dense)
+    assert ran.code == 0, ran.err
+    assert "save nothing" in ran.err
     loaded = transformers.AutoModel.from_pretrained(dense)
     assert sum(p.numel() for p in loaded.parameters()) > 0
 
 
-def test_compress_in_one_command_and_what_it_refuses_afterwards(llama, bert, texts, tmp_path):
+def test_compress_in_one_command_and_what_it_refuses_afterwards(run, llama, bert, texts, tmp_path):
     small = tmp_path / "small"
-    ran = eckart("compress", llama, "--data", texts, *SHORT, "--max-bytes", "110kB", "-o", small)
-    assert ran.returncode == 0, ran.stderr
-    assert str(small) in ran.stdout
+    ran = run("compress", llama, "--data", texts, *SHORT, "--max-bytes", "110kB", "-o", small)
+    assert ran.code == 0, ran.err
+    assert str(small) in ran.out
     weights = sum(file.stat().st_size for file in small.glob("*.safetensors"))
     assert weights < 130_000
 
@@ -142,39 +145,39 @@ def test_compress_in_one_command_and_what_it_refuses_afterwards(llama, bert, tex
         ((tmp_path / "no" / "model", "--data", texts, "--keep", ".5", "-o", tmp_path / "x"), (1, 2), "model"),
     ):
         if "--plan" in arguments:
-            made = eckart("plan", llama, "--method", "svd", "--keep", ".5", "-o", arguments[2])
-            assert made.returncode == 0, made.stderr
-        ran = eckart("compress", *arguments, *SHORT)
-        assert ran.returncode in (code if isinstance(code, tuple) else (code,)), ran.stderr
-        assert words in ran.stderr
-        assert "Traceback" not in ran.stderr
-        assert ran.stdout == ""
+            made = run("plan", llama, "--method", "svd", "--keep", ".5", "-o", arguments[2])
+            assert made.code == 0, made.err
+        ran = run("compress", *arguments, *SHORT)
+        assert ran.code in (code if isinstance(code, tuple) else (code,)), ran.err
+        assert words in ran.err
+        assert "Traceback" not in ran.err
+        assert ran.out == ""
         assert not (tmp_path / "x").exists()
     assert {file.name: file.read_bytes() for file in small.iterdir()} == before
 
 
-def test_a_dry_run_of_each(llama, texts, tmp_path):
+def test_a_dry_run_of_each(run, llama, texts, tmp_path):
     for arguments in (
         ("compress", llama, "--data", texts, "--keep", "0.5"),
         ("calibrate", llama, "--data", texts),
         ("plan", llama, "--method", "svd", "--keep", "0.5"),
     ):
-        ran = eckart(*arguments, "--dry-run")
-        assert ran.returncode == 0, ran.stderr
-        assert "peak memory" in ran.stdout
-        ran = eckart(*arguments, "--dry-run", "--json")
-        assert json.loads(ran.stdout)["peak_memory_bytes"] > 0
+        ran = run(*arguments, "--dry-run")
+        assert ran.code == 0, ran.err
+        assert "peak memory" in ran.out
+        ran = run(*arguments, "--dry-run", "--json")
+        assert json.loads(ran.out)["peak_memory_bytes"] > 0
 
 
 def test_two_processes_write_one_file_and_the_same_moments(llama, texts, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     quick = (llama, "--data", texts, "--samples", "32", "--length", "32", "--gradients", "none", "--json")
     ran = eckart("calibrate", *quick, "-o", one)
-    assert ran.returncode == 0, ran.stderr
+    assert ran.code == 0, ran.err
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     ran = eckart("calibrate", *quick, "-o", two, launcher=launcher)
-    assert ran.returncode == 0, ran.stderr
-    payload = json.loads(ran.stdout)
+    assert ran.code == 0, ran.err
+    payload = json.loads(ran.out)
     assert payload["moments"] == str(two)
 
     first, second = Moments.load(one), Moments.load(two)
@@ -187,9 +190,7 @@ def test_an_interrupt_leaves_nothing(llama, tmp_path):
     out = tmp_path / "small"
     command = [sys.executable, "-m", "eckart", "compress", str(llama), "--data", "stdlib:source"]
     command += ["--samples", "100000", "--length", "32", "--batch-size", "1", "--keep", ".5", "-o", str(out)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     time.sleep(8)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eckart.errors import EckartWarning, InputError, NotFiniteError
 from eckart.moments import collect, gauss_newton
+from eckart.moments.accumulators import InputSums
 from eckart.records import Site
 
 pytestmark = pytest.mark.filterwarnings("ignore::eckart.errors.EckartWarning")
@@ -95,9 +96,8 @@ def test_agrees_with_the_definition(model: nn.Module, batches: list[Tensor], hal
         expected = twin(model, batches, site.name, half)
         found = moments.site(site.name, half=half)
         for name, value in expected.items():
-            torch.testing.assert_close(
-                torch.as_tensor(getattr(found, name), dtype=torch.float64), value.double(), msg=lambda m, n=name: f"{n}: {m}"
-            )
+            measured = torch.as_tensor(getattr(found, name), dtype=torch.float64)
+            torch.testing.assert_close(measured, value.double(), msg=lambda m, n=name: f"{n}: {m}")
         assert found.tokens_per_unit == 6
         assert found.loss_scale == 3
 
@@ -332,10 +332,33 @@ def test_bad_arguments(model: nn.Module, batches: list[Tensor], change: dict, me
         collect(model, **arguments)
 
 
-def test_bfloat16_sums_are_exact(batches: list[Tensor]) -> None:
+def test_bfloat16_activations_are_summed_in_higher_precision(batches: list[Tensor]) -> None:
     torch.manual_seed(0)
     model = Branches().bfloat16()
     low = [batch.bfloat16() for batch in batches]
     found = collect(model, low, BRANCHES, gradients="none").site("q").second
     x = torch.cat([batch.double().reshape(-1, 5) for batch in low])
-    torch.testing.assert_close(found, x.T @ x / len(x))
+    torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-6, atol=1e-6)  # float32 products of a batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision_of_the_sums(dtype: torch.dtype) -> None:
+    """Products of a batch are float32: of 3000 numbers, √3000 · 6e-8 of the largest entries at worst."""
+    x = torch.randn(3000, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sums = InputSums(1, 40, matrix=True)
+    for start in range(0, 3000, 100):
+        assert sums.add(0, x[start : start + 100], (torch.arange(60), torch.arange(60, 100)))
+    sums.finish()
+    exact = x.double().T @ x.double()
+    found = sums.second.sum((0, 1))
+    assert torch.equal(found, found.T)
+    assert float((found - exact).abs().max() / exact.abs().max()) < 3e-6
+    assert sums.count.squeeze(1).tolist() == [1800, 1200]
+    torch.testing.assert_close(sums.total.sum((0, 1)), x.double().sum(0))
+
+
+def test_squares_beyond_float32_are_summed_in_float64() -> None:
+    x = torch.tensor([[1e25, 2.0], [3e25, 4.0]])
+    sums = InputSums(1, 2, matrix=True)
+    assert sums.add(0, x, (torch.arange(2), torch.arange(0)))
+    torch.testing.assert_close(sums.second[0, 0], x.double().T @ x.double())

@@ -302,6 +302,9 @@ def test_a_decoder_without_encoder_uses_the_mask() -> None:
     assert {moments.site(name).count for name in moments.names()} == {7}
 
 
+EXPERTS = 12
+
+
 def mixture() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
@@ -311,7 +314,7 @@ def mixture() -> nn.Module:
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        num_local_experts=6,
+        num_local_experts=EXPERTS,
         num_experts_per_tok=2,
     )
     model = transformers.MixtralForCausalLM(config).double().eval()
@@ -347,7 +350,7 @@ def expert_calls(model: nn.Module, batch: dict[str, Tensor]) -> dict[tuple[str, 
     keep = batch["attention_mask"].flatten()
     found: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
     for name in ("gate_up_proj", "down_proj"):
-        for e in range(6):
+        for e in range(EXPERTS):
             mine = [(x, y.grad) for n, i, t, x, y in calls if (n, i) == (name, e) and keep[t]]
             if mine:
                 found[name, e] = (torch.stack([x for x, _ in mine]), torch.stack([g for _, g in mine]))
@@ -369,10 +372,10 @@ def test_experts_one_by_one(implementation: str) -> None:
     counts = []
     for site in sites:
         part = site.name.rpartition(".")[2]
-        mine = [expected[part, e] for e in range(6) if (part, e) in expected]
+        mine = [expected[part, e] for e in range(EXPERTS) if (part, e) in expected]
         pooled_x, pooled_g = torch.cat([x for x, _ in mine]), torch.cat([g for _, g in mine])
         assert len(pooled_x) == 16
-        for e in range(6):
+        for e in range(EXPERTS):
             x, g = expected.get((part, e), (pooled_x[:0], pooled_g[:0]))
             found = moments.site(site.name, slice=e)
             counts.append(len(x))
@@ -380,12 +383,8 @@ def test_experts_one_by_one(implementation: str) -> None:
             assert found.tokens_per_unit == len(x) / 2
             share = len(x) / (len(x) + site.in_features)
             n = max(len(x), 1)
-            torch.testing.assert_close(
-                found.second, share * x.T @ x / n + (1 - share) * pooled_x.T @ pooled_x / 16
-            )
-            torch.testing.assert_close(
-                found.gradient, share * g.T @ g / n + (1 - share) * pooled_g.T @ pooled_g / 16
-            )
+            torch.testing.assert_close(found.second, share * x.T @ x / n + (1 - share) * pooled_x.T @ pooled_x / 16)
+            torch.testing.assert_close(found.gradient, share * g.T @ g / n + (1 - share) * pooled_g.T @ pooled_g / 16)
             own = (g.square() * x.square().sum(1, keepdim=True)).sum(0) / n
             pooled = (pooled_g.square() * pooled_x.square().sum(1, keepdim=True)).mean(0)
             torch.testing.assert_close(found.fisher_rows, share * own + (1 - share) * pooled)
@@ -398,7 +397,7 @@ def test_experts_without_a_mask_count_every_token() -> None:
     ids = torch.randint(0, 23, (3, 5), generator=torch.Generator().manual_seed(0))
     moments = collect(model, [{"input_ids": ids}], sites, gradients="none")
     for site in sites:
-        assert sum(moments.site(site.name, slice=e).count for e in range(6)) == 30
+        assert sum(moments.site(site.name, slice=e).count for e in range(EXPERTS)) == 30
         halves = moments.inputs[site.name].count.sum(1)
         assert halves.tolist() == [20, 10]
 

@@ -24,11 +24,7 @@ def calibrate(recipe: CalibrateRecipe, terminal: Terminal, dry_run: bool) -> Non
         checks.required(recipe.model, "MODEL", "model")
         + checks.required(recipe.data.source, "--data", "data.source")
         + checks.data_problems(recipe.data)
-        + (
-            []
-            if dry_run
-            else checks.output_problems(recipe.output.file, recipe.output.overwrite, folder=False)
-        )
+        + ([] if dry_run else checks.output_problems(recipe.output.file, recipe.output.overwrite, folder=False))
     )
     asked = keywords(recipe)
     if dry_run:

@@ -102,11 +102,7 @@ def output_problems(
         return [] if os.access(parent, os.W_OK) else [f"-o: the folder {parent} is not writable."]
     if path.is_dir() != folder:
         return [f"-o: {output} is a {'file, a folder' if folder else 'folder, a file'} is expected."]
-    if (
-        folder
-        and any(path.iterdir())
-        and not any((path / n).exists() for n in ("eckart.json", "config.json"))
-    ):
+    if folder and any(path.iterdir()) and not any((path / n).exists() for n in ("eckart.json", "config.json")):
         return [f"-o: {output} holds something that is no model and is not replaced; name another folder."]
     if not overwrite and not (folder and not any(path.iterdir())):
         return [f"-o: {output} exists; give --overwrite to replace it, or name another place."]
@@ -146,9 +142,7 @@ def source_problems(recipe: CompressRecipe) -> list[str]:
 def moments_problems(recipe: CompressRecipe | PlanRecipe) -> list[str]:
     """Where neither moments nor data are given, the method must need none. Looks the method up last."""
     missing = "--moments is missing" if isinstance(recipe, PlanRecipe) else "--data or --moments is missing"
-    if recipe.moments is not None or (
-        isinstance(recipe, CompressRecipe) and (recipe.data.source or recipe.plan)
-    ):
+    if recipe.moments is not None or (isinstance(recipe, CompressRecipe) and (recipe.data.source or recipe.plan)):
         return []
     if recipe.method.name is None:
         return [f"{missing}; only methods that need no statistics, such as --method svd, go without."]

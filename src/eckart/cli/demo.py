@@ -14,9 +14,7 @@ from eckart.cli.terminal import Terminal
 
 
 def demo(
-    output: Annotated[
-        str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
-    ] = "eckart-demo",
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")] = "eckart-demo",
     keep: Annotated[
         float,
         typer.Option("--keep", metavar="SHARE", help="Share kept of the parameters of the encoder maps."),
@@ -35,9 +33,7 @@ def demo(
     path = Path(output)
     with terminal.working(path) as progress:
         result = eckart.demo(path, keep=keep, overwrite=overwrite, progress=progress)
-    payload = {
-        name: getattr(result, name) for name in ("folder", "report", "outcome", "evaluation", "seconds")
-    }
+    payload = {name: getattr(result, name) for name in ("folder", "report", "outcome", "evaluation", "seconds")}
     places = {"folder": result.folder, "report": result.report}
     terminal.result(
         payload,

@@ -44,9 +44,7 @@ def export(
     with terminal.working(path):
         eckart.export(directory, to, path, overwrite=overwrite)
     if to == "dense":
-        terminal.note(
-            "Dense weights keep the quality of the compressed model and save nothing in size or time."
-        )
+        terminal.note("Dense weights keep the quality of the compressed model and save nothing in size or time.")
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     payload = {"folder": path, "to": to, "bytes": size}
     terminal.result(payload, lambda console: render.exported(console, path, size))

@@ -74,14 +74,10 @@ def keywords(recipe: Section) -> dict[str, Any]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel="Output")]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No progress and no notes.", rich_help_panel="Output")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.", rich_help_panel="Output")]
 RecipeFile = Annotated[
     str | None,
-    typer.Option(
-        "--recipe", metavar="FILE", help="YAML file with these options in groups; see `eckart schema`."
-    ),
+    typer.Option("--recipe", metavar="FILE", help="YAML file with these options in groups; see `eckart schema`."),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -97,9 +93,7 @@ DryRun = Annotated[
 ]
 
 
-def takes(
-    recipe: type[R], *, dry_run: bool
-) -> Callable[[Callable[[R, Terminal, bool], None]], Callable[..., None]]:
+def takes(recipe: type[R], *, dry_run: bool) -> Callable[[Callable[[R, Terminal, bool], None]], Callable[..., None]]:
     """Give a function of (recipe, terminal, dry run) the options of ``recipe``, as a Typer command."""
 
     def decorate(run: Callable[[R, Terminal, bool], None]) -> Callable[..., None]:
@@ -119,9 +113,7 @@ def takes(
         for name, annotation in extra.items():
             default = None if name in ("recipe_file", "settings") else False
             parameters.append(
-                inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-                )
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             )
         # Typer reads both: the signature for order and defaults, the annotations for the types.
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -234,9 +226,7 @@ def _complaint(recipe: type[BaseModel], detail: Mapping[str, Any], origins: Mapp
     """One sentence out of one finding of pydantic."""
     location = tuple(str(part) for part in detail["loc"])
     given = detail["input"]
-    origin = next(
-        (origins[location[:n]] for n in range(len(location), -1, -1) if location[:n] in origins), ""
-    )
+    origin = next((origins[location[:n]] for n in range(len(location), -1, -1) if location[:n] in origins), "")
     dotted = ".".join(location)
     where = origin if origin.startswith("-") or origin.isupper() else f"{origin}: {dotted}".removeprefix(": ")
     kind = detail["type"]
@@ -252,9 +242,7 @@ def _complaint(recipe: type[BaseModel], detail: Mapping[str, Any], origins: Mapp
         return f"{where}: expected a group with some of the keys {known}; got {given!r}."
     message = detail["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     message = re.sub(r", unable to parse.*", "", message)
-    hint = (
-        " For 60 % write 0.6." if kind == "less_than_equal" and location[-1] in ("keep", "model_keep") else ""
-    )
+    hint = " For 60 % write 0.6." if kind == "less_than_equal" and location[-1] in ("keep", "model_keep") else ""
     return f"{where}: {message}; got {given!r}.{hint}"
 
 

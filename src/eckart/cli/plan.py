@@ -21,11 +21,7 @@ def plan(recipe: PlanRecipe, terminal: Terminal, dry_run: bool) -> None:
         checks.required(recipe.model, "MODEL", "model")
         + checks.file_problems("--moments", recipe.moments)
         + checks.budget_problems(recipe.budget)
-        + (
-            []
-            if dry_run
-            else checks.output_problems(recipe.output.file, recipe.output.overwrite, folder=False)
-        )
+        + ([] if dry_run else checks.output_problems(recipe.output.file, recipe.output.overwrite, folder=False))
     )
     checks.refuse(checks.moments_problems(recipe))
     asked = {**keywords(recipe), "budget": checks.budget_of(recipe.budget)}

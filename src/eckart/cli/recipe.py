@@ -46,9 +46,7 @@ FormName = Literal["dense", "lowrank", "pivoted"]
 class Section(BaseModel):
     """A group of a recipe. Unknown keys are errors."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
 
 
 class DataSection(Section):
@@ -147,13 +145,11 @@ class SitesSection(Section):
 class FormsSection(Section):
     """In which shapes the factors may be stored."""
 
-    allow: Annotated[
-        list[FormName] | None, Flag("--form", "FORM", "forms", default="dense, lowrank, pivoted")
-    ] = Field(default=None, description="Form that a map may take: dense, lowrank or pivoted. Repeatable.")
-    rank_multiple: Annotated[Positive | None, Flag("--rank-multiple", "N", "rank_multiple", default="1")] = (
-        Field(
-            default=None, description="Ranks are multiples of this; 32 suits most accelerators, 8 most CPUs."
-        )
+    allow: Annotated[list[FormName] | None, Flag("--form", "FORM", "forms", default="dense, lowrank, pivoted")] = Field(
+        default=None, description="Form that a map may take: dense, lowrank or pivoted. Repeatable."
+    )
+    rank_multiple: Annotated[Positive | None, Flag("--rank-multiple", "N", "rank_multiple", default="1")] = Field(
+        default=None, description="Ranks are multiples of this; 32 suits most accelerators, 8 most CPUs."
     )
     min_rank: Annotated[Positive | None, Flag("--min-rank", "N", "min_rank", default="1")] = Field(
         default=None, description="Smallest rank that a map may get."
@@ -251,9 +247,7 @@ class CompressRecipe(Section):
 
     model: Model = Field(default=None, description=_MODEL)
     data: DataSection = DataSection()
-    moments: Moments = Field(
-        default=None, description="File written by `eckart calibrate`, instead of --data."
-    )
+    moments: Moments = Field(default=None, description="File written by `eckart calibrate`, instead of --data.")
     calibration: CalibrationSection = CalibrationSection()
     plan: Annotated[str | None, Flag("--plan", "FILE", "plan")] = Field(
         default=None, description="File written by `eckart plan`, instead of a budget and a method."

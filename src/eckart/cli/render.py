@@ -34,9 +34,7 @@ def exported(console: Console, folder: Path, size: int) -> None:
     _line(console, f"saved to {folder} ({fmt.human_bytes(size)})")
 
 
-def demo(
-    console: Console, outcome: Outcome, found: Evaluation, places: Mapping[str, Any], seconds: float
-) -> None:
+def demo(console: Console, outcome: Outcome, found: Evaluation, places: Mapping[str, Any], seconds: float) -> None:
     """The run of the demo and where everything is."""
     console.print(render_terminal(outcome, found))
     console.print()
@@ -58,9 +56,7 @@ def evaluation(console: Console, found: Evaluation) -> None:
         table.add_row(words, show(old), show(new), fmt.share(new / max(1, old)))
     if {"model", "base"} <= set(found.disk_bytes):
         old, new = found.disk_bytes["base"], found.disk_bytes["model"]
-        table.add_row(
-            "bytes on disk", fmt.human_bytes(old), fmt.human_bytes(new), fmt.share(new / max(1, old))
-        )
+        table.add_row("bytes on disk", fmt.human_bytes(old), fmt.human_bytes(new), fmt.share(new / max(1, old)))
     console.print(table, "")
     if found.latency:
         table = _table("latency", "original", "model", "speed")
@@ -99,9 +95,9 @@ def preview(console: Console, content: Mapping[str, Any]) -> None:
 
 def folder(console: Console, content: Mapping[str, Any]) -> None:
     """What the doctor found; the long tables of modules and the manifest only under ``--json``."""
-    tree(
-        console, {name: content[name] for name in content if name not in ("modules", "manifest", "problems")}
-    )
+    shown = {name: content[name] for name in content if name not in ("modules", "manifest", "problems")}
+    shown["weight_files"] = {name: fmt.human_bytes(size) for name, size in content["weight_files"].items()}
+    tree(console, shown)
     for problem in content["problems"]:
         console.print(Text(f"problem: {problem}", style="red"), soft_wrap=True)
 
@@ -117,9 +113,10 @@ def methods(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """The methods with what they need and their options."""
     table = _table("method", "what it does", "needs", "options", "source", words=5)
     for row in rows:
-        options = ", ".join(f"{o['name']}={_cell(o['default'])}" for o in row["options"])
+        options = ", ".join(f"{o['name']}={o['default']}" for o in row["options"])
+        paper = f"{row['paper'].authors}, {row['paper'].year}"
         needs = ", ".join(sorted(row["needs"]))
-        cells = (row["name"], row["summary"], needs or "nothing", options or "none", str(row["paper"]))
+        cells = (row["name"], row["summary"], needs or "nothing", options or "none", paper)
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
 
@@ -128,9 +125,7 @@ def claims(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """Each claim, whether it held, and its figures."""
     for row in rows:
         held = Text("held  ", style="green") if row["held"] else Text("FAILED", style="bold red")
-        console.print(
-            Text.assemble(held, "  ", (str(row["method"]), "bold"), f"  {fmt.seconds(row['seconds'])}")
-        )
+        console.print(Text.assemble(held, "  ", (str(row["method"]), "bold"), f"  {fmt.seconds(row['seconds'])}"))
         _line(console, f"        {row['statement']}  ({row['source']})")
         figures = ", ".join(f"{name} {fmt.figure(value)}" for name, value in row["figures"].items())
         _line(console, f"        {figures}{'; ' + row['note'] if row['note'] else ''}")

@@ -30,7 +30,10 @@ class Factored(nn.Module):
         out = self.b(kept)
         if self.index is None:
             return out
-        return torch.cat([kept, out], dim=self.axis).index_select(self.axis, self.index)
+        both = torch.cat([kept, out], dim=self.axis)
+        if self.axis == -1:
+            return both.gather(-1, self.index.long().expand(both.shape))
+        return both.index_select(self.axis, self.index)
 
     @property
     def bias(self):

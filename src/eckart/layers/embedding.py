@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from eckart.layers.dense_view import dense_view
-from eckart.layers.linear import INDEX_DTYPE
+from eckart.layers.linear import INDEX_DTYPE, reordered
 from eckart.records import FormKind
 
 
@@ -104,11 +104,11 @@ class PivotedEmbedding(StructuredEmbedding):
         self.register_buffer("index", index)
 
     def expand(self, rows: Tensor) -> Tensor:
-        return torch.cat([rows, self.b(rows)], dim=-1).index_select(-1, self.index)
+        return reordered(torch.cat([rows, self.b(rows)], dim=-1), self.index)
 
     def scores(self, hidden: Tensor) -> Tensor:
         # Σ_j h_j E_:j over [a, a bᵀ + c] with its columns in stored order: (h_kept + h_rest b) aᵀ + h_rest c
-        stored = hidden.index_select(-1, self.index.argsort())
+        stored = reordered(hidden, self.index.argsort())
         kept, rest = stored[..., : self.rank], stored[..., self.rank :]
         out = linear(kept + rest @ self.b.weight, self.a.weight)
         return out if self.b.bias is None else out + (rest @ self.b.bias).unsqueeze(-1)

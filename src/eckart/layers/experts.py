@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.layers.linear import INDEX_DTYPE
+from eckart.layers.linear import INDEX_DTYPE, reordered
 from eckart.records import FormKind
 
 _STANDARD = {
@@ -138,7 +138,7 @@ class FactoredExperts(nn.Module):
         out = nn.functional.linear(kept, self.get_parameter(f"{stem}_b")[e])
         if self.forms[name][0] == "lowrank":
             return out
-        return torch.cat([kept, out], dim=-1).index_select(-1, self.get_buffer(f"{stem}_index")[e])
+        return reordered(torch.cat([kept, out], dim=-1), self.get_buffer(f"{stem}_index")[e])
 
     def _apply_gathered(self, name: str, x: Tensor, ids: Tensor) -> Tensor:
         """(pairs, in) to (pairs, out), pair i through expert ids[i]; gathers one set of factors per pair."""

@@ -23,17 +23,23 @@ def to_float64(rows: Tensor) -> Tensor:
 def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
     """Adds weight · rowsᵀ rows to ``total`` (d × d, float64, on the CPU), N·d² multiply-adds.
 
-    The product of one batch is made in the dtype of the rows, float32 at least, and the sum over batches in
-    float64: each entry is right to about √N · 1e-7 of √(C_ii C_jj), a thousandth of its sampling error. A
-    float64 product would take twice the time, and a BLAS beside torch's would fight it for the cores.
+    On the CPU the product of one batch is made in the dtype of the rows, float32 at least, and the sum over
+    batches in float64: each entry is right to about √N · 1e-7 of √(C_ii C_jj), a thousandth of its sampling
+    error. A float64 product would take twice the time, and a BLAS beside torch's would fight it for the cores.
+    On CUDA, where a float32 product may be TF32, it is float64. Numbers whose squares leave float32 are too.
     """
-    product = rows.T @ rows
+    precise = torch.float64 if rows.is_cuda else torch.promote_types(rows.dtype, torch.float32)
+    product = rows.to(precise).T @ rows.to(precise)
+    if not bool(product.diagonal().isfinite().all()):
+        wide = to_float64(rows)
+        product = wide.T @ wide
     total.add_(product.to("cpu"), alpha=weight)
 
 
-def to_float32(rows: Tensor) -> Tensor:
-    """In float32 at least."""
-    return rows if rows.dtype == torch.float64 else rows.to(torch.float32)
+def symmetrise(total: Tensor) -> None:
+    """(…, d, d): a product of a matrix with its own transpose is symmetric to rounding only."""
+    for matrix in total.view(-1, *total.shape[-2:]):
+        matrix.copy_((matrix + matrix.T) / 2)
 
 
 class InputSums:
@@ -57,9 +63,13 @@ class InputSums:
                 if not bool(total.isfinite().all()):
                     return False
                 self.total[half, slice_] += total
-                add_gram(self.second[half, slice_], to_float32(chosen))
+                add_gram(self.second[half, slice_], chosen)
             self.count[half, slice_] += pick.numel()
         return True
+
+    def finish(self) -> None:
+        if self.second is not None:
+            symmetrise(self.second)
 
 
 class GradientSums:
@@ -74,9 +84,7 @@ class GradientSums:
         self.rows = zeros(out_features) if fisher else None
         self.columns = zeros(in_features) if fisher else None
 
-    def add(
-        self, slice_: int, rows: Tensor, picks: Sequence[Tensor], inputs: Tensor | None, weight: float
-    ) -> bool:
+    def add(self, slice_: int, rows: Tensor, picks: Sequence[Tensor], inputs: Tensor | None, weight: float) -> bool:
         """Adds gradients (N, out) with the inputs (N, in), or ids (N,), that belong to them, times ``weight``.
 
         False where a gradient is not finite; nothing of that half is added then.
@@ -92,7 +100,7 @@ class GradientSums:
                 return False
             self.scale[half, slice_] += weight * scale
             if self.second is not None:
-                add_gram(self.second[half, slice_], to_float32(g), weight)
+                add_gram(self.second[half, slice_], g, weight)
             if self.rows is not None and inputs is not None:
                 columns = cast(Tensor, self.columns)[half, slice_]
                 x = inputs[pick]
@@ -104,3 +112,7 @@ class GradientSums:
                     self.rows[half, slice_] += weight * (x2.sum(1) @ squares).cpu()
                     columns += weight * (norms @ x2).cpu()
         return True
+
+    def finish(self) -> None:
+        if self.second is not None:
+            symmetrise(self.second)

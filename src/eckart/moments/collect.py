@@ -53,7 +53,7 @@ def collect(
 
     Even rows, counted over all batches, are half A and odd rows half B. Sites that read one tensor share its
     moments. Memory: the model, the moments and one batch with its activations. Cost: one forward and ``probes``
-    backward passes (no weight gradients), and per token in² + probes · out² flops for each site, in float64.
+    backward passes (no weight gradients), and per token in² + probes · out² multiply-adds for each site.
 
     Raises NotFiniteError that names the first site with NaN or Inf, InputError for data that do not fit the model.
     """
@@ -75,6 +75,10 @@ def collect(
             first, tokens = first + rows.rows, tokens + rows.tokens
             del outputs
     progress("calibrate", len(batches), len(batches))
+    for sums in observer.inputs.values():
+        sums.finish()
+    for gradient in observer.gradient_sums.values():
+        gradient.finish()
     order = [site.name for site in sites if site.name in observer.input_of]
     moments = Moments(
         fingerprint_of(model) if fingerprint is None else fingerprint,

@@ -34,10 +34,7 @@ def gather(value: Any, group: Group) -> list[Any]:
     padded[: text.numel()] = text
     texts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(texts, padded, group=group)
-    return [
-        json.loads(bytes(found[: int(size)].tolist()).decode())
-        for found, size in zip(texts, sizes, strict=True)
-    ]
+    return [json.loads(bytes(found[: int(size)].tolist()).decode()) for found, size in zip(texts, sizes, strict=True)]
 
 
 def add_up(tensors: Sequence[Tensor], group: Group) -> None:

@@ -35,9 +35,7 @@ def sampled_targets(outputs: Any, batch: Batch, generator: torch.Generator) -> t
         )
     mask = _mask(outputs, batch, logits)
     flat = logits.reshape(-1, logits.shape[-1])
-    flat = (flat if mask is None else flat[mask.reshape(-1) != 0]).to(
-        torch.promote_types(logits.dtype, torch.float32)
-    )
+    flat = (flat if mask is None else flat[mask.reshape(-1) != 0]).to(torch.promote_types(logits.dtype, torch.float32))
     targets = draw(flat.detach(), generator)
     return cross_entropy(flat, targets, reduction="sum"), float(len(flat))
 

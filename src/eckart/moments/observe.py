@@ -105,9 +105,7 @@ class Observer:
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
         return output
 
-    def expert(
-        self, site: Site, expert: int, inputs: Tensor, output: Tensor, index: Tensor, total: int
-    ) -> Tensor:
+    def expert(self, site: Site, expert: int, inputs: Tensor, output: Tensor, index: Tensor, total: int) -> Tensor:
         """One expert's call: inputs (N, in), output (N, out), ``index`` (N,) of its rows among ``total`` tokens."""
         halves = torch.full((total,), -1, device=index.device)
         both, unused = self._batch().picks((total,), index.device, decoder=self.encoder_states is not None)

@@ -274,6 +274,4 @@ def _mix(own: SiteMoments, pooled: SiteMoments, share: float) -> SiteMoments:
         return None if a is None or b is None else share * a + (1 - share) * b
 
     names = ("mean", "second", "gradient", "gradient_scale", "fisher_rows", "fisher_columns")
-    return SiteMoments(
-        count=own.count, tokens_per_unit=own.tokens_per_unit, **{name: mixed(name) for name in names}
-    )
+    return SiteMoments(count=own.count, tokens_per_unit=own.tokens_per_unit, **{name: mixed(name) for name in names})

@@ -28,6 +28,11 @@ def _mask(batch: Mapping[str, Any], name: str) -> Tensor | None:
     return mask != 0
 
 
+def _tokens_in(sample: Tensor) -> int:
+    """The ids of a text; for anything else its rows."""
+    return sample.numel() if sample.ndim == 2 and not sample.is_floating_point() else sample.shape[0]
+
+
 @dataclass(frozen=True)
 class BatchTokens:
     """The rows of one batch. Even rows, counted over all batches, are half A, odd ones half B.
@@ -48,7 +53,7 @@ class BatchTokens:
         if isinstance(batch, Tensor):
             if batch.ndim == 0 or batch.numel() == 0:
                 raise InputError(f"a batch has the shape (batch, …) and holds numbers; got {tuple(batch.shape)}.")
-            return cls(batch.shape[0], first, None, None, batch.shape[0])
+            return cls(batch.shape[0], first, None, None, _tokens_in(batch))
         mask, decoder_mask = _mask(batch, "attention_mask"), _mask(batch, "decoder_attention_mask")
         leading = [v for v in batch.values() if isinstance(v, Tensor) and v.ndim > 0]
         if not leading:
@@ -56,10 +61,7 @@ class BatchTokens:
         sample = mask if mask is not None else batch.get("input_ids", leading[0])
         if sample.numel() == 0:
             raise InputError(f"a batch holds no token: its shape is {tuple(sample.shape)}. Leave it out.")
-        if mask is not None:
-            tokens = int(mask.sum())
-        else:
-            tokens = sample.numel() if sample.ndim == 2 and not sample.is_floating_point() else sample.shape[0]
+        tokens = _tokens_in(sample) if mask is None else int(mask.sum())
         return cls(sample.shape[0], first, mask, decoder_mask, tokens)
 
     def picks(self, leading: tuple[int, ...], device: torch.device, *, decoder: bool) -> tuple[Picks, bool]:

@@ -108,7 +108,6 @@ def preview(
     dense = {site.name: site_size(site, element_size(loaded.model, site)) for site in sites}
     nothing = Size(parameters=0, bytes=0, macs=0)
     sites_before = sum(dense.values(), nothing)
-    notes = [f"data, samples and seed do not change these figures (seed {seed})"] if data is not None else []
     notes = []
     picked: Mapping[str, tuple[FormKind, int, Size]]
     if given is not None:
