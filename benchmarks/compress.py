@@ -30,9 +30,7 @@ def main() -> None:
             "stdlib:docstrings",
         ]
         command += ["--keep", "0.6", "-o", f"{folder}/out", "--quiet"]
-        subprocess.run(
-            command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = {"cpu_seconds": round(used.ru_utime + used.ru_stime, 1), "target": TARGET}
     print(json.dumps(result, indent=2))

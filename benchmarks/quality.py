@@ -131,9 +131,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["minilm", "causal"])
     parser.add_argument("--testbed", type=Path, help="folder of a causal LM with calib.txt and valid.txt")
     parser.add_argument("--seeds", type=int, default=3)

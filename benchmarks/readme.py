@@ -59,8 +59,7 @@ def figures() -> str:
         )
     if (found := read("kernel.json")) is not None:
         rows += [
-            f"| {row['what']} | {row['figure']} | {row['ratio']} | `benchmarks/kernel.py` |"
-            for row in found["rows"]
+            f"| {row['what']} | {row['figure']} | {row['ratio']} | `benchmarks/kernel.py` |" for row in found["rows"]
         ]
     if (found := read("memory.json")) is not None:
         rows.append(

@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (ROOT / "README.md").read_text(encoding="utf-8"), methods_table(tuple(METHODS.values()))
         ),
     }
-    stale = [
-        path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:
             print(f"{path.relative_to(ROOT)} is stale: run python docs/generate.py", file=sys.stderr)

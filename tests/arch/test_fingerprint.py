@@ -26,9 +26,7 @@ def test_names_and_shapes_matter() -> None:
     linear = nn.Linear(4, 6, bias=False)
     turned = nn.Linear(6, 4, bias=False)
     turned.weight = nn.Parameter(linear.weight.detach().reshape(4, 6))
-    marks = {
-        fingerprint(m) for m in (nn.Sequential(linear), nn.Sequential(turned), nn.ModuleDict({"a": linear}))
-    }
+    marks = {fingerprint(m) for m in (nn.Sequential(linear), nn.Sequential(turned), nn.ModuleDict({"a": linear}))}
     assert len(marks) == 3
 
 

@@ -48,8 +48,7 @@ def test_a_convolution_is_its_matrices_on_patches(groups: int) -> None:
     x = torch.randn(2, 4, 7, 6, dtype=torch.float64, generator=generator)
     patches = unfold(x, (3, 2), stride=2, padding=1).unflatten(1, (groups, -1))  # (2, groups, in, positions)
     rows = [
-        m["weight"] @ patches[:, g] + m["bias"][:, None]
-        for g, m in enumerate(site_matrices(nn.Sequential(conv), site))
+        m["weight"] @ patches[:, g] + m["bias"][:, None] for g, m in enumerate(site_matrices(nn.Sequential(conv), site))
     ]
     torch.testing.assert_close(torch.cat(rows, 1), conv(x).flatten(2), rtol=1e-12, atol=1e-12)
 

@@ -83,9 +83,9 @@ def test_embeddings_and_heads_only_when_asked_for() -> None:
     tables = {f"bert.embeddings.{table}_embeddings" for table in ("word", "position", "token_type")}
     assert with_embeddings == tables
     assert with_head == {"cls.predictions.transform.dense", "bert.embeddings.word_embeddings"}
-    assert {s.name for s in find_sites(build("vit"), embeddings=True)} - {
-        s.name for s in find_sites(build("vit"))
-    } == {"vit.embeddings.patch_embeddings.projection"}
+    assert {s.name for s in find_sites(build("vit"), embeddings=True)} - {s.name for s in find_sites(build("vit"))} == {
+        "vit.embeddings.patch_embeddings.projection"
+    }
 
 
 def test_a_tied_head_and_its_table_are_one_site() -> None:
@@ -128,10 +128,7 @@ def test_all_bad_patterns_are_told_at_once() -> None:
     assert "3 problems" in message
     assert "Did you mean 'attention.self.query'" in message
     assert "not a regular expression" in message
-    assert (
-        "matches cls.predictions.transform.dense, which is left out by default. Ask for it with head=True"
-        in message
-    )
+    assert "matches cls.predictions.transform.dense, which is left out by default. Ask for it with head=True" in message
 
 
 def test_patterns_that_leave_nothing() -> None:
@@ -168,9 +165,7 @@ def test_what_is_left_alone_has_a_reason() -> None:
     assert [site.role for site in find_sites(model)] == 2 * ["plain", "grouped"]
     grouped = next(site for site in find_sites(model) if site.role == "grouped")
     assert (grouped.slices, grouped.out_features, grouped.in_features) == (2, 4, 18)
-    reasons = {
-        name.removeprefix("0."): reason for name, reason in skipped_sites(model) if name.startswith("0.")
-    }
+    reasons = {name.removeprefix("0."): reason for name, reason in skipped_sites(model) if name.startswith("0.")}
     expected = {
         "own": "OwnForward has a forward of its own",
         "empty": "empty",
@@ -232,9 +227,7 @@ def test_blocks() -> None:
     ]
     # Leaves in a list are no blocks, nor is a list of modules that are all different.
     assert find_blocks(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])) == ()
-    assert (
-        find_blocks(nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.TransformerEncoderLayer(4, 2)])) == ()
-    )
+    assert find_blocks(nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.TransformerEncoderLayer(4, 2)])) == ()
 
 
 def test_names_that_begin_alike_are_told_apart() -> None:

@@ -25,9 +25,7 @@ def test_parameters_and_bytes(name: str) -> None:
     model = build(name)
     size = model_size(model)
     assert size.parameters == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()
-    }
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
     assert size.bytes == sum(storages.values())
 
 

@@ -173,9 +173,7 @@ def test_fits_answers_with_none_or_a_reason(method: CompressMethod, kind: str) -
 @every_method
 @every_shape
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_error_curve_is_the_measured_objective(
-    method: CompressMethod, shape: tuple[int, int], bias: bool
-) -> None:
+def test_error_curve_is_the_measured_objective(method: CompressMethod, shape: tuple[int, int], bias: bool) -> None:
     weights, moments = case(shape, bias=bias)
     ready = prepared(method, weights, moments)
     metrics = OBJECTIVES[method.name](moments, bias)

@@ -44,9 +44,7 @@ def test_limit_draws_lines_by_seed_in_order(tmp_path: Path) -> None:
 
 def test_records(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(
-        '{"text": "one\\ntwo", "n": 1}\n\n{"text": " ", "n": 2}\n{"text": "three", "title": "x"}\n'
-    )
+    path.write_text('{"text": "one\\ntwo", "n": 1}\n\n{"text": " ", "n": 2}\n{"text": "three", "title": "x"}\n')
     data = read_texts(str(path), part="evaluation")
     assert data.texts == ("one\ntwo", "three")
     assert data.joined == "one\ntwo\n\nthree"

@@ -10,16 +10,12 @@ from eckart.data.stdlib import library_files
 
 
 def test_parts_share_no_module() -> None:
-    tops = [
-        {name.partition("/")[0] for name, _ in library_files(part)} for part in ("calibration", "evaluation")
-    ]
+    tops = [{name.partition("/")[0] for name, _ in library_files(part)} for part in ("calibration", "evaluation")]
     assert not tops[0] & tops[1]
     assert min(len(names) for names in tops) > 40
     everything = {name for part in ("calibration", "evaluation") for name, _ in library_files(part)}
     assert {"argparse.py", "asyncio/events.py", "json/decoder.py"} <= everything
-    assert not any(
-        re.search(r"(^|/)(test|tests|site-packages|idlelib|__pycache__)/", name) for name in everything
-    )
+    assert not any(re.search(r"(^|/)(test|tests|site-packages|idlelib|__pycache__)/", name) for name in everything)
 
 
 def test_docstrings_of_the_parts_share_no_sentence() -> None:
@@ -28,9 +24,7 @@ def test_docstrings_of_the_parts_share_no_sentence() -> None:
     assert not words[0] & words[1]
     for data, seen in zip(parts, words, strict=True):
         assert len(seen) == len(data.texts) > 2000
-        assert all(
-            4 <= len(text.split()) <= 64 and "\n" not in text and ">>>" not in text for text in data.texts
-        )
+        assert all(4 <= len(text.split()) <= 64 and "\n" not in text and ">>>" not in text for text in data.texts)
 
 
 @pytest.mark.parametrize("spec", ["stdlib:docstrings", "stdlib:source"])
@@ -47,9 +41,7 @@ def test_draws(spec: str) -> None:
 
 
 def test_sources_are_whole_files() -> None:
-    calibration, evaluation = (
-        read_texts("stdlib:source", part=part) for part in ("calibration", "evaluation")
-    )
+    calibration, evaluation = (read_texts("stdlib:source", part=part) for part in ("calibration", "evaluation"))
     assert not set(calibration.texts) & set(evaluation.texts)
     assert min(len(calibration.texts), len(evaluation.texts)) > 100
     compile(calibration.texts[0], "first", "exec")

@@ -39,9 +39,7 @@ def test_nothing_is_stale(generate, capsys) -> None:
 def test_a_stale_file_is_named_and_repaired(generate, tmp_path, capsys, name: str) -> None:
     path = tmp_path / name
     good = path.read_text(encoding="utf-8")
-    path.write_text(
-        good.replace("eckart", "eckhart") if "docs" in name else good.replace("| `svd` |", "| `dvs` |")
-    )
+    path.write_text(good.replace("eckart", "eckhart") if "docs" in name else good.replace("| `svd` |", "| `dvs` |"))
     assert generate.main(["--check"]) == 1
     assert f"{name} is stale" in capsys.readouterr().err
     assert generate.main([]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,10 @@ def test_damaged_files(tmp_path: Path, change: object, message: str) -> None:
     rewrite(path, change)
     with pytest.raises(FileError, match=message):
         Moments.load(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_the_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    moments_of(1).save(tmp_path / "m")
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -156,9 +156,7 @@ def test_the_map_filters_by_cell_row_and_column(visit) -> None:
     assert shown(page) == 6
     page.locator(".map thead th button").nth(3).click()
     assert shown(page) == 6
-    assert all(
-        ".3." in text for text in page.locator(".layers tbody tr:not([hidden]) th").all_text_contents()
-    )
+    assert all(".3." in text for text in page.locator(".layers tbody tr:not([hidden]) th").all_text_contents())
 
 
 def test_the_map_works_by_keyboard(visit) -> None:

@@ -48,9 +48,7 @@ def plan_of(outcome) -> str:
         {"site": layer.site.name, "form": layer.form, "rank": layer.rank, "method": "kfac", "options": {}}
         for layer in outcome.layers
     ]
-    return json.dumps(
-        {"format_version": 1, "method": "kfac", "fingerprint": "3f" * 32, "steps": steps}, indent=2
-    )
+    return json.dumps({"format_version": 1, "method": "kfac", "fingerprint": "3f" * 32, "steps": steps}, indent=2)
 
 
 def page_of(outcome, curves, **changes) -> str:
@@ -105,9 +103,7 @@ def test_the_policy_names_the_one_script(minilm) -> None:
     scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
     assert len(scripts) == 1
     digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
-    policy = next(
-        a["content"] for t, a in read(page).elements if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a["content"] for t, a in read(page).elements if a.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy
     assert f"script-src 'sha256-{digest}'" in policy
 
@@ -136,9 +132,7 @@ def test_hostile_names_stay_text() -> None:
 def test_big_models_stay_small_files(blocks: int) -> None:
     outcome, curves = sample_runs.llama(blocks)
     assert len(outcome.layers) == 7 * blocks
-    long_plan = json.dumps(
-        json.loads(plan_of(outcome)) | {"padding": ["x" * 180] * len(outcome.layers)}, indent=2
-    )
+    long_plan = json.dumps(json.loads(plan_of(outcome)) | {"padding": ["x" * 180] * len(outcome.layers)}, indent=2)
     page = page_of(outcome, curves, plan_json=long_plan, evaluation=sample_runs.language_evaluation(outcome))
     assert len(page.encode()) < LIMIT
 
@@ -187,9 +181,7 @@ def test_encoder_and_decoder_have_maps_of_their_own() -> None:
 
 def test_dense_layers_are_a_state_and_not_a_gap(minilm) -> None:
     outcome, curves = minilm
-    layers = tuple(
-        replace(layer, form="dense", predicted=0, held_out=None, loss=None) for layer in outcome.layers
-    )
+    layers = tuple(replace(layer, form="dense", predicted=0, held_out=None, loss=None) for layer in outcome.layers)
     text = read(page_of(replace(outcome, layers=layers), curves)).text
     assert text.count("kept dense") >= len(layers)
 

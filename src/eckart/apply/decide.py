@@ -82,7 +82,6 @@ def decide(
             choices=choices_for(
                 site,
                 prepared[site.name].errors.numpy(),
-                scale=prepared[site.name].loss_scale,
                 forms=forms_of(model, site, forms),
                 rank_multiple=rank_multiple,
                 min_rank=min_rank,

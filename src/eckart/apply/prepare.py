@@ -25,9 +25,8 @@ class PreparedSite:
     site: Site
     slices: tuple[Prepared, ...]
     errors: Tensor
-    """(full_rank + 1,): the objective summed over the slices, at rank 0 … full."""
-    loss_scale: float
-    """What turns ``errors`` into a predicted rise of the loss; 1 where the method has no such unit."""
+    """(full_rank + 1,): the objective summed over the slices, at rank 0 … full; the predicted rise of the loss for
+    methods in that unit."""
 
 
 def misfits(sites: Sequence[Site], method: CompressMethod) -> list[str]:
@@ -35,9 +34,7 @@ def misfits(sites: Sequence[Site], method: CompressMethod) -> list[str]:
     return [f"{site.name}: {why}" for site in sites if (why := method.fits(site)) is not None]
 
 
-def site_moments(
-    moments: Moments | None, site: Site, index: int, half: Half | None = None
-) -> SiteMoments | None:
+def site_moments(moments: Moments | None, site: Site, index: int, half: Half | None = None) -> SiteMoments | None:
     """The moments of one slice, or None where there are none at all."""
     return None if moments is None else moments.site(site.name, slice=index, half=half)
 
@@ -78,15 +75,14 @@ def prepare_site(
     half: Half | None = None,
 ) -> PreparedSite:
     """Decompose one site. Cost: what the method's docstring says, once per slice."""
-    slices = []
-    scale = 1.0
+    slices, errors = [], []
     for index, weights in enumerate(site_matrices(model, site)):
         known = site_moments(moments, site, index, half)
-        if known is not None and method.loss_units:
-            scale = known.loss_scale
-        slices.append(method.prepare(weights, known, options))
-    errors = torch.stack([part.errors for part in slices]).sum(0)
-    return PreparedSite(site=site, slices=tuple(slices), errors=errors, loss_scale=scale)
+        part = method.prepare(weights, known, options)
+        scale = known.loss_scale if known is not None and method.loss_units else 1.0
+        slices.append(part)
+        errors.append(scale * part.errors)
+    return PreparedSite(site=site, slices=tuple(slices), errors=torch.stack(errors).sum(0))
 
 
 def prepare_sites(

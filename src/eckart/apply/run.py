@@ -24,10 +24,13 @@ from eckart.records import LayerOutcome, Outcome, Progress, Site, Size, silent
 def form_size(forms: Sequence[Form], site: Site) -> Size:
     """What the forms of a site cost, biases left out of all three figures, indices counted in bytes."""
     biases = sum(form.bias.nbytes for form in forms if form.bias is not None)
-    looked_up = site.kind == "embedding"
-    macs = sum(form.macs - (form.rank * site.in_features if looked_up else 0) for form in forms)
+    numbers = sum(form.numel for form in forms)
+    macs = numbers * (1 + len(site.tied))
+    if site.kind == "embedding":
+        expanded = sum(form.numel - form.rank * site.in_features for form in forms)
+        macs = expanded + (numbers if site.tied else 0)
     return Size(
-        parameters=sum(form.numel for form in forms),
+        parameters=numbers,
         bytes=sum(form.nbytes for form in forms) - biases,
         macs=macs,
     )
@@ -106,9 +109,7 @@ def apply_plan(
         size = site_size(site, next(element.parameters()).element_size())
         if step is None or step.form == "dense":
             layers.append(
-                LayerOutcome(
-                    site=site, form="dense", rank=site.full_rank, before=size, after=size, predicted=0.0
-                )
+                LayerOutcome(site=site, form="dense", rank=site.full_rank, before=size, after=size, predicted=0.0)
             )
             continue
         method = get_method(step.method)
@@ -132,7 +133,7 @@ def apply_plan(
         else:
             total = float(part.errors[0])
             predicted = float(part.errors[step.rank]) / total if total > 0 else 0.0
-        loss = float(part.errors[step.rank]) * part.loss_scale if method.loss_units else None
+        loss = float(part.errors[step.rank]) if method.loss_units else None
         layers.append(
             LayerOutcome(
                 site=site,

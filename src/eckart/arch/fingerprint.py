@@ -31,9 +31,7 @@ def fingerprint(model: nn.Module, sites: Iterable[Site] | None = None) -> str:
     digest = sha256()
     for name, parameter in sorted(parameters.items()):
         if parameter.is_meta:
-            raise InputError(
-                f"a fingerprint needs numbers; {name} is on the meta device. Load the weights first."
-            )
+            raise InputError(f"a fingerprint needs numbers; {name} is on the meta device. Load the weights first.")
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         digest.update(_sample(parameter.detach()))
     return digest.hexdigest()

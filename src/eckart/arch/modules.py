@@ -67,9 +67,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
             prefix = f"{name}." if name else ""
             lists[name] = [f"{prefix}{child}" for child, _ in module.named_children()]
     labels = _labels(list(lists))
-    return tuple(
-        Block(name, depth, labels[held]) for held, names in lists.items() for depth, name in enumerate(names)
-    )
+    return tuple(Block(name, depth, labels[held]) for held, names in lists.items() for depth, name in enumerate(names))
 
 
 def is_below(name: str, tops: Iterable[str]) -> bool:

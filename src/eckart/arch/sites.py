@@ -205,10 +205,7 @@ def _fault(pattern: str, pool: Sequence[_Found], survey: _Survey) -> str | None:
     for found in survey.found:
         if _matches(pattern, found.names):
             flag = "embeddings" if "embeddings" in found.places else "head"
-            return (
-                f"{pattern!r} matches {found.site.name}, which is left out by default. "
-                f"Ask for it with {flag}=True."
-            )
+            return f"{pattern!r} matches {found.site.name}, which is left out by default. Ask for it with {flag}=True."
     for name, reason in survey.skipped:
         if _matches(pattern, [name]):
             return f"{pattern!r} matches {name}, which is left alone: {reason}."

@@ -31,6 +31,8 @@ class Manifest:
     """Every factored layer by name (:func:`eckart.layers.describe`)."""
     files: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each file beside the manifest."""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """What the moments were collected on."""
     command: str = ""
     version: str = ""
     """Version of Eckart that wrote it."""
@@ -89,6 +91,7 @@ _KINDS: dict[str, type] = {
     "fingerprint": str,
     "plan": dict,
     "outcome": dict,
+    "calibration": dict,
     "modules": dict,
     "files": dict,
     "command": str,

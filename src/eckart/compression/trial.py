@@ -38,9 +38,7 @@ def uniform_rank(weight: Tensor, keep: float) -> int:
     return max(1, int(keep * m * n / (m + n)))
 
 
-def rise(
-    decompose: Decompose, moments: Mapping[str, SiteMoments], keep: float, names: Sequence[str] = LINEAR
-) -> float:
+def rise(decompose: Decompose, moments: Mapping[str, SiteMoments], keep: float, names: Sequence[str] = LINEAR) -> float:
     """Held-out loss rise (nats per byte) with ``names`` cut to the share ``keep`` of their parameters."""
     problem = learned_problem()
     forms = {}

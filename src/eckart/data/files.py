@@ -48,9 +48,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})."
-            ) from None
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}.")
         yield number, record

@@ -50,8 +50,7 @@ def read_texts(
     path = Path(spec)
     if spec.startswith("datasets:"):
         raise InputError(
-            f"read_texts knows files and the standard library; {spec!r} is read by "
-            "eckart.hf.datasets_source.texts_of."
+            f"read_texts knows files and the standard library; {spec!r} is read by eckart.hf.datasets_source.texts_of."
         )
     if path.suffix.lower() not in SUFFIXES or path.is_dir():
         raise _unknown_spec(spec, path)
@@ -86,9 +85,7 @@ def _drawn(texts: list[str], limit: int | None, seed: int) -> list[str]:
 
 def _refuse_field(spec: str, field: str | None) -> None:
     if field is not None:
-        raise InputError(
-            f"a field names a column of a .jsonl file; {spec!r} has none. Leave out field={field!r}."
-        )
+        raise InputError(f"a field names a column of a .jsonl file; {spec!r} has none. Leave out field={field!r}.")
 
 
 def _unknown_spec(spec: str, path: Path) -> InputError | FileError:

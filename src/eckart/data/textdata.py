@@ -27,9 +27,7 @@ class TextData:
     """The text as it stood in its file, where that is one whole; None where the texts were never joined."""
 
     @classmethod
-    def of(
-        cls, texts: Iterable[str], *, part: str = "calibration", name: str = "texts in memory"
-    ) -> TextData:
+    def of(cls, texts: Iterable[str], *, part: str = "calibration", name: str = "texts in memory") -> TextData:
         """Texts in memory. Blank ones are dropped; raises InputError for none, and for what is not text."""
         if isinstance(texts, str):
             raise InputError("expected several texts, got one string. Put it into a list.")
@@ -39,9 +37,7 @@ class TextData:
             raise InputError(f"expected texts, got {type(strange).__name__} among them.")
         kept = tuple(text for text in given if text.strip())
         if not kept:
-            raise InputError(
-                f"{name}: expected at least one text that is not blank, got {len(given)} blank ones."
-            )
+            raise InputError(f"{name}: expected at least one text that is not blank, got {len(given)} blank ones.")
         return cls(texts=kept, name=name, sha256=hash_texts(kept), part=check_part(part))
 
     @property

@@ -24,8 +24,7 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
             raise InputError(
-                "LowRank expects a (k × in) and b (out × k); "
-                f"got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}."
+                f"LowRank expects a (k × in) and b (out × k); got a {tuple(self.a.shape)} and b {tuple(self.b.shape)}."
             )
 
     @property

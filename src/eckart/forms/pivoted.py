@@ -31,9 +31,7 @@ class Pivoted:
     def __post_init__(self) -> None:
         k, m = self.a.shape[0], self.index.numel()
         if self.b.shape != (m - k, k):
-            raise InputError(
-                f"Pivoted expects b of shape (out − k, k) = ({m - k}, {k}); got {tuple(self.b.shape)}."
-            )
+            raise InputError(f"Pivoted expects b of shape (out − k, k) = ({m - k}, {k}); got {tuple(self.b.shape)}.")
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -161,6 +161,11 @@ class TiedHead(TiedLayer):
         self.out_features = table.num_embeddings
         self.register_parameter("bias", bias)
 
+    @property
+    def own_macs(self) -> int:
+        """Multiply-adds per token: every entry of the table's factors, which this head multiplies by."""
+        return sum(p.numel() for p in self.table.parameters() if p.ndim == 2)
+
     def forward(self, hidden: Tensor) -> Tensor:
         out = self.table.scores(hidden)
         return out if self.bias is None else out + self.bias

@@ -34,7 +34,10 @@ def write_file(
     header = json.dumps({"format_version": FORMAT_VERSION, **structure})
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        beside.touch(exist_ok=False)
+        mode = beside.stat().st_mode & 0o777  # what the umask allows; safetensors would leave 0600
         save_file(tensors, beside, metadata={_KEY: header})
+        beside.chmod(mode)
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(target)

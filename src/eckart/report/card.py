@@ -149,9 +149,7 @@ def _limits(outcome: Outcome, evaluation: Evaluation | None) -> str:
         lines.append("- Latency was not measured.")
     flags = sum(flagged(layer) for layer in outcome.layers)
     if flags:
-        lines.append(
-            f"- {flags} layers have a held-out error above twice the predicted one: calibrate on more data."
-        )
+        lines.append(f"- {flags} layers have a held-out error above twice the predicted one: calibrate on more data.")
     notes = (*outcome.notes, *(evaluation.warnings if evaluation else ()))
     return "\n".join(lines + [f"- {_plain(note)}" for note in notes])
 

@@ -64,13 +64,9 @@ def curves(lines: Sequence[Line], label: str) -> Markup:
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.0f}h{width}"/>')
         parts.append(f'<text x="{_LEFT - 5}" y="{y + 3.5:.0f}" text-anchor="end">{text}</text>')
     for x, text, anchor in ((0, "0", "start"), (0.5, "½", "middle"), (1, "full rank", "end")):
-        parts.append(
-            f'<text x="{_LEFT + x * width:.0f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{text}</text>'
-        )
+        parts.append(f'<text x="{_LEFT + x * width:.0f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">{text}</text>')
     for line in lines:
-        parts.append(
-            f'<path class="line l{_colour(line.place)}" data-i="{line.index}" d="{_path(line.errors)}"/>'
-        )
+        parts.append(f'<path class="line l{_colour(line.place)}" data-i="{line.index}" d="{_path(line.errors)}"/>')
     for line in lines:
         if line.chosen:
             x, y = _LEFT + line.chosen[0] * width, _TOP + _height(line.chosen[1]) * height
@@ -113,9 +109,7 @@ def _path(errors: Sequence[float]) -> str:
     """Whole coordinates and relative steps: five bytes a point."""
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     last = max(1, len(errors) - 1)
-    points = [
-        (round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)
-    ]
+    points = [(round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)]
     steps = [f"M{points[0][0]} {points[0][1]}"] if points else []
     if len(points) > 1:
         pairs = pairwise(points)

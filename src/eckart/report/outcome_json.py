@@ -40,9 +40,7 @@ def _parsed(tree: Mapping[str, Any] | str) -> Any:
     try:
         return json.loads(tree)
     except json.JSONDecodeError as problem:
-        raise InputError(
-            f"expected JSON; line {problem.lineno}, column {problem.colno}: {problem.msg}."
-        ) from problem
+        raise InputError(f"expected JSON; line {problem.lineno}, column {problem.colno}: {problem.msg}.") from problem
 
 
 def _plain(value: Any) -> Any:
@@ -66,9 +64,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _read_record(kind, value, where)
     if origin in (Union, types.UnionType):
         options = [k for k in get_args(kind) if k is not type(None)]
-        return (
-            None if value is None and len(options) < len(get_args(kind)) else _read(options[0], value, where)
-        )
+        return None if value is None and len(options) < len(get_args(kind)) else _read(options[0], value, where)
     if origin is Literal:
         if value not in get_args(kind):
             raise InputError(f"{where}: {unknown('value', str(value), map(str, get_args(kind)))}")

@@ -109,9 +109,7 @@ def _readable(plan_json: str) -> str:
     parts = []
     for key, value in tree.items():
         if isinstance(value, list):
-            lines = ",\n".join(
-                "    " + json.dumps(v, separators=(",", ":"), ensure_ascii=False) for v in value
-            )
+            lines = ",\n".join("    " + json.dumps(v, separators=(",", ":"), ensure_ascii=False) for v in value)
             parts.append(f"  {json.dumps(key)}: [\n{lines}\n  ]")
         else:
             parts.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")

@@ -50,8 +50,7 @@ def style_sheet() -> str:
     light = _properties(ramp())
     dark = _properties(tuple(reversed(ramp())))
     classes = "".join(
-        f".s{i}{{background:var(--s{i});color:var(--t{i})}}.l{i}{{stroke:var(--s{i})}}"
-        f".f{i}{{fill:var(--s{i})}}"
+        f".s{i}{{background:var(--s{i});color:var(--t{i})}}.l{i}{{stroke:var(--s{i})}}.f{i}{{fill:var(--s{i})}}"
         for i in range(STEPS)
     )
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{classes}"

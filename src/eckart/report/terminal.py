@@ -47,9 +47,7 @@ def _sizes(outcome: Outcome, evaluation: Evaluation | None) -> Table:
             table.add_row(f"{heading}: {words}", show(old), show(new), fmt.share(new / max(1, old)))
     if evaluation and {"model", "base"} <= set(evaluation.disk_bytes):
         old, new = evaluation.disk_bytes["base"], evaluation.disk_bytes["model"]
-        table.add_row(
-            "model: on disk", fmt.human_bytes(old), fmt.human_bytes(new), fmt.share(new / max(1, old))
-        )
+        table.add_row("model: on disk", fmt.human_bytes(old), fmt.human_bytes(new), fmt.share(new / max(1, old)))
     return table
 
 

