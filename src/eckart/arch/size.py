@@ -37,10 +37,7 @@ def site_size(site: Site, element_size: int, *, heads: int | None = None) -> Siz
     once by each of them.
     """
     numbers = site.weight_parameters
-    if site.kind == "embedding":
-        uses = int(bool(site.tied)) if heads is None else heads
-    else:
-        uses = 1 + len(site.tied)
+    uses = (int(bool(site.tied)) if heads is None else heads) if site.kind == "embedding" else 1 + len(site.tied)
     return Size(parameters=numbers, bytes=numbers * element_size, macs=numbers * uses)
 
 

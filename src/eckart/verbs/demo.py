@@ -15,7 +15,7 @@ from eckart.verbs.evaluate import evaluate
 from eckart.verbs.save import save
 
 DATA = "stdlib:docstrings"
-TITLE = "all-MiniLM-L6-v2, compressed"
+TITLE = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def save(
     path = Path(directory)
     entries = prepare_for_saving(compressed.model)
     base = compressed.loaded.name
-    title = title or f"{Path(base).name}, compressed"
+    title = title or Path(base).name
     command = command or "eckart.compress(…) in Python"
     outcome, plan = compressed.outcome, compressed.plan
     manifest = Manifest(
@@ -68,7 +68,7 @@ def save(
         title=title,
         command=command,
         meta={
-            "original": base,
+            "original": Path(base).name,
             "fingerprint": compressed.base_fingerprint[:16],
             "calibrated on": str(compressed.calibration.get("data", "nothing")),
             "Eckart": importlib.metadata.version("eckart"),
