@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy
 from torch import nn
 
 from eckart.apply.prepare import PreparedSite, prepare_sites
@@ -13,7 +14,7 @@ from eckart.compression import CompressMethod
 from eckart.errors import InputError
 from eckart.layers import supported_forms, unsupported
 from eckart.moments import Moments
-from eckart.planning import Allocation, Curve, Plan, choices_for, make_plan
+from eckart.planning import Allocation, Curve, Plan, choices_for, make_plan, solve
 from eckart.records import Budget, FormKind, Progress, Site, Size, silent
 
 
@@ -101,3 +102,32 @@ def decide(
         base=base,
     )
     return plan, prepared
+
+
+def equal_shares(
+    model: nn.Module,
+    sites: Sequence[Site],
+    budget: Budget,
+    forms: Sequence[FormKind],
+    rank_multiple: int,
+    min_rank: int,
+) -> dict[str, tuple[FormKind, int, Size]]:
+    """Form, rank and size of every site at equal shares of the budget, which needs no moments.
+
+    Raises BudgetError where no ranks can meet the budget, so it is also the check before a calibration.
+    """
+    curves = []
+    for site in sites:
+        flat = numpy.linspace(1.0, 0.0, site.full_rank + 1)
+        choices = choices_for(
+            site,
+            flat,
+            scale=1.0,
+            forms=forms_of(model, site, forms),
+            rank_multiple=rank_multiple,
+            min_rank=min_rank,
+            bytes_per_number=element_size(model, site),
+        )
+        curves.append(Curve(site=site, choices=choices))
+    picked = solve(curves, budget, rest_of(model, sites), allocation="uniform")
+    return {site.name: (choice.form, choice.rank, choice.size) for site, choice in zip(sites, picked, strict=True)}

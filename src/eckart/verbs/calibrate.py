@@ -52,7 +52,7 @@ def calibrate(
         part: which part of a split source, ``calibration`` or ``evaluation``.
         samples: sentences for embedding models (default 512), windows for the others (default 200).
         length: tokens of a sentence at most (default 128) or of a window (default 256).
-        include, exclude: patterns of site names; ``embeddings`` and ``head`` add those.
+        include: patterns of site names; ``embeddings`` and ``head`` add those.
         gradients: ``full`` second moments, ``scale`` for one number per site, ``none`` for no backward pass.
         probes: backward passes per batch (default 1).
 

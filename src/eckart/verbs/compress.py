@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eckart.apply import apply_plan, curves_of
-from eckart.apply.decide import decide
+from eckart.apply.decide import decide, equal_shares
 from eckart.arch import check_finite, find_sites, fingerprint
 from eckart.compression import get_method, options_for
 from eckart.errors import InputError
@@ -112,6 +112,8 @@ def compress(
     if known is not None:
         known.check(base_print)
     sites = _sites_of(loaded, given, include, exclude, embeddings, head)
+    if wanted is not None and wanted.loss is None:
+        equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
     check_finite(loaded.model, sites)
     if data is not None:
         known = calibrate_sites(

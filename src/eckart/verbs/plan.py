@@ -54,7 +54,8 @@ def plan(
     Args:
         model: folder, hub name or module.
         moments: what :func:`eckart.calibrate` gave, or its file; None for methods that need none.
-        method, options: a name of ``eckart.methods()`` and its options by name.
+        method: a name of ``eckart.methods()``.
+        options: of the method, by name.
         keep: share of the parameters of the sites; or ``budget`` in another unit.
         allocation: ``global`` (one budget in units of the loss), ``uniform`` or ``typewise``; by default
             global where the method's errors are in units of the loss, else uniform.

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy
 
-from eckart.apply.decide import default_allocation, element_size, forms_of, rest_of
+from eckart.apply.decide import default_allocation, element_size, equal_shares
 from eckart.arch import check_finite, find_sites, fingerprint, model_size, site_size
 from eckart.compression import get_method, options_for
 from eckart.errors import InputError, problems
 from eckart.moments import Moments
-from eckart.planning import Allocation, Curve, Plan, check, choices_for, solve
+from eckart.planning import Allocation, Plan, check, choices_for
 from eckart.records import Budget, FormKind, Progress, Site, Size, silent
 from eckart.verbs.calibrate import Gradients
 from eckart.verbs.models import DataLike, ModelLike, as_loaded
@@ -123,7 +123,7 @@ def preview(
         wrong = [f"{site.name}: {why}" for site in sites if (why := chosen.fits(site))]
         if wrong:
             raise InputError(problems(f"method {chosen.name!r} cannot take every site", wrong))
-        picked = _equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
+        picked = equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
     sites_after = sum((size for _, _, size in picked.values()), nothing) if picked else sites_before
     after = Size(
         parameters=before.parameters - sites_before.parameters + sites_after.parameters,
@@ -156,31 +156,6 @@ def _row(site: Site, picked: tuple[FormKind, int, Size], dense: Size) -> dict[st
         "parameters_before": dense.parameters,
         "parameters_after": size.parameters,
     }
-
-
-def _equal_shares(
-    model: Any,
-    sites: Sequence[Site],
-    budget: Budget,
-    forms: Sequence[FormKind],
-    rank_multiple: int,
-    min_rank: int,
-) -> dict[str, tuple[FormKind, int, Size]]:
-    curves = []
-    for site in sites:
-        flat = numpy.linspace(1.0, 0.0, site.full_rank + 1)
-        choices = choices_for(
-            site,
-            flat,
-            scale=1.0,
-            forms=forms_of(model, site, forms),
-            rank_multiple=rank_multiple,
-            min_rank=min_rank,
-            bytes_per_number=element_size(model, site),
-        )
-        curves.append(Curve(site=site, choices=choices))
-    picked = solve(curves, budget, rest_of(model, sites), allocation="uniform")
-    return {site.name: (choice.form, choice.rank, choice.size) for site, choice in zip(sites, picked, strict=True)}
 
 
 def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[FormKind, int, Size]]:
