@@ -133,6 +133,11 @@ def test_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o700)
 
 
+def hears_ctrl_c() -> None:
+    """A shell without job control lets its background jobs, such as a CI run, ignore SIGINT; children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 SLOW_WRITER = """
 import sys, time
 from eckart.checkpoint import atomic, atomic_folder
@@ -154,7 +159,12 @@ with atomic_folder(sys.argv[1], overwrite=True) as folder:
 
 
 def start(out, when):
-    process = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(out), when], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_WRITER, str(out), when],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_ctrl_c,
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 

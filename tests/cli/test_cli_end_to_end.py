@@ -190,7 +190,15 @@ def test_an_interrupt_leaves_nothing(llama, tmp_path):
     out = tmp_path / "small"
     command = [sys.executable, "-m", "eckart", "compress", str(llama), "--data", "stdlib:source"]
     command += ["--samples", "100000", "--length", "32", "--batch-size", "1", "--keep", ".5", "-o", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # A shell without job control lets background jobs ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     time.sleep(8)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
