@@ -1,0 +1,1 @@
+"""Low-rank repair of what compression, quantisation or pruning lost."""
