@@ -23,6 +23,7 @@ ORDER = [
     "layers",
     "checkpoint",
     "compression",
+    "modules",
     "compensation",
     "planning",
     "apply",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from eckart.planning import Plan
     from eckart.verbs.calibrate import calibrate
     from eckart.verbs.claims import claims
+    from eckart.verbs.compensate import compensate
     from eckart.verbs.compress import compress
     from eckart.verbs.demo import demo
     from eckart.verbs.doctor import doctor
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from eckart.verbs.plan import plan
     from eckart.verbs.preview import preview
     from eckart.verbs.save import save
+    from eckart.verbs.stream import compress_stream
 
 __version__ = "0.1.0"
 
@@ -55,7 +57,9 @@ __all__ = [
     "Size",
     "calibrate",
     "claims",
+    "compensate",
     "compress",
+    "compress_stream",
     "demo",
     "doctor",
     "evaluate",
@@ -68,9 +72,10 @@ __all__ = [
 ]
 
 # Names whose modules import torch: fetched when first used, so that `import eckart` costs milliseconds.
-_VERBS = "calibrate claims compress demo doctor evaluate export load methods plan preview save"
+_VERBS = "calibrate claims compensate compress demo doctor evaluate export load methods plan preview save"
 _LAZY = {verb: f"eckart.verbs.{verb}" for verb in _VERBS.split()} | {
     "Moments": "eckart.moments",
+    "compress_stream": "eckart.verbs.stream",
     "Plan": "eckart.planning",
 }
 

@@ -1,9 +1,9 @@
-"""Teaches transformers to load Eckart's folders, at the moment when transformers itself is loaded.
+"""Teaches transformers to load Eckart's folders and PEFT to adapt its layers, at the moment when they are loaded.
 
 Registering needs torch and transformers, seconds of work that ``import eckart`` must not do. So a finder on
 ``sys.meta_path`` waits for ``transformers.modeling_utils``, which every ``from_pretrained`` of a model
 imports, and registers right after it. (Waiting for ``transformers.quantizers.auto`` fails: it is imported
-half-way through a circle.)
+half-way through a circle.) For PEFT it waits for the module that chooses the LoRA of a layer.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-AWAITED = "transformers.modeling_utils"
-REGISTRY = "eckart.hf.registry"
+AWAITED = {
+    "transformers.modeling_utils": "eckart.hf.registry",
+    "peft.tuners.lora.model": "eckart.hf.lora_layers",
+}
+"""The module that is waited for → the one whose ``register()`` is called then."""
 
 
-def _register() -> None:
-    importlib.import_module(REGISTRY).register()
+def _register(awaited: str) -> None:
+    register = getattr(importlib.import_module(AWAITED[awaited]), "register", None)
+    if register is not None:  # missing only where that module is being imported and will do it at its end
+        register()
 
 
 class _RegisterAfter(importlib.abc.Loader):
@@ -37,16 +42,16 @@ class _RegisterAfter(importlib.abc.Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _register()
+        _register(module.__name__)
 
 
-class TransformersWatch(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; wraps the loader of the awaited module once."""
+class Watch(importlib.abc.MetaPathFinder):
+    """Finds nothing itself; wraps the loaders of the awaited modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != AWAITED:
+        if fullname not in AWAITED:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -56,8 +61,9 @@ class TransformersWatch(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Register now where transformers is loaded already, else as soon as it is. Again does nothing."""
-    if AWAITED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, TransformersWatch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, TransformersWatch())
+    """Register now with what is loaded already, with the rest as soon as it is. Again does nothing."""
+    for awaited in AWAITED:
+        if awaited in sys.modules:
+            _register(awaited)
+    if not any(isinstance(finder, Watch) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Watch())

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from eckart.errors import InputError
 
 SiteKind = Literal["linear", "conv1d", "conv", "embedding", "experts"]
-FormKind = Literal["dense", "lowrank", "pivoted"]
+FormKind = Literal["dense", "lowrank", "pivoted", "narrow"]
+UnitKind = Literal["neurons", "values", "queries"]
 
 Progress = Callable[[str, int, int], None]
 """Told ``(stage, done, total)`` as long work goes on."""
@@ -64,6 +65,31 @@ class Site:
     @property
     def full_rank(self) -> int:
         return min(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Maps that become narrower together: the neurons of an MLP, the values or the queries of an attention.
+
+    A unit of width k keeps k of its ``full_rank`` neurons (or directions of the values, or coordinates of
+    queries and keys), and every one of them costs the same.
+    """
+
+    name: str
+    """Dotted name of the module, and the kind: ``encoder.layer.0.attention.self#values``."""
+    kind: UnitKind
+    sites: tuple[str, ...]
+    """The maps that change."""
+    full_rank: int
+    """Its width as it is."""
+    step: int = 1
+    """What widths are multiples of; 2 for queries and keys with rotary positions, where pairs stay whole."""
+    width_parameters: int
+    """Entries of all maps together per unit of width."""
+    width_indices: int
+    """Stored positions per unit of width."""
+    role: str = ""
+    depth: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +221,10 @@ class LayerOutcome:
     """The same, fitted on half A and measured on half B; None where there are no moments."""
     loss: float | None = None
     """Predicted rise of the loss, where the method's objective is in units of the loss."""
+    bits: int = 0
+    """Bits per number; 0: as the model stores them."""
+    repair: int = 0
+    """Rank of the correction beside a quantised weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +237,7 @@ class Outcome:
     model_before: Size
     model_after: Size
     predicted_loss: float | None
+    """Sum over the layers, or what probes measured on calibration data with all of them replaced."""
     method: str
     budget: str
     seconds: float

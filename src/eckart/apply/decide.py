@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 from torch import nn
 
+from eckart.apply.bits import GROUP
+from eckart.apply.choices import Table, element_size, forms_of
+from eckart.apply.crew import Crew
 from eckart.apply.prepare import PreparedSite, prepare_sites
-from eckart.arch import model_size, site_module, site_size
-from eckart.compression import CompressMethod
+from eckart.apply.probe import refine
+from eckart.apply.units import prepare_units, units_of
+from eckart.arch import model_size, site_size
+from eckart.compression import CompressMethod, get_method
 from eckart.errors import InputError
-from eckart.layers import supported_forms, unsupported
+from eckart.modules import NATIVE_KINDS, ModuleMethod, PreparedUnit, module_units, obs
 from eckart.moments import Moments
-from eckart.planning import Allocation, Curve, Plan, choices_for, make_plan, solve
+from eckart.planning import Allocation, Curve, Plan, choices_for, solve, solve_groups
+from eckart.planning.make import write_plan
 from eckart.records import Budget, FormKind, Progress, Site, Size, silent
-
-
-def element_size(model: nn.Module, site: Site) -> int:
-    """Bytes per number of the site's weight."""
-    return next(site_module(model, site).parameters()).element_size()
-
-
-def forms_of(model: nn.Module, site: Site, forms: Sequence[FormKind]) -> tuple[FormKind, ...]:
-    """Those of the wanted forms that the site can have."""
-    if unsupported(site_module(model, site)) is not None:
-        return ("dense",)
-    return tuple(form for form in forms if form in supported_forms(site)) or ("dense",)
 
 
 def rest_of(model: nn.Module, sites: Sequence[Site]) -> Size:
@@ -41,9 +36,20 @@ def rest_of(model: nn.Module, sites: Sequence[Site]) -> Size:
     )
 
 
-def default_allocation(method: CompressMethod) -> Allocation:
+def default_allocation(method: CompressMethod | ModuleMethod) -> Allocation:
     """One budget over all sites where errors are in units of the loss, else the same share at every site."""
     return "global" if method.loss_units else "uniform"
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A plan, and what was computed on the way."""
+
+    plan: Plan
+    prepared: Mapping[str, PreparedSite]
+    units: Mapping[str, PreparedUnit] = field(default_factory=dict)
+    probed: float | None = None
+    """Measured rise of the loss on the probe, with every map replaced as planned; None without probes."""
 
 
 def decide(
@@ -51,19 +57,27 @@ def decide(
     sites: Sequence[Site],
     moments: Moments | None,
     *,
-    method: CompressMethod,
+    method: CompressMethod | ModuleMethod,
     options: Any,
     budget: Budget,
     allocation: Allocation | None = None,
-    forms: Sequence[FormKind] = ("dense", "lowrank", "pivoted"),
+    forms: Sequence[FormKind] = ("dense", "lowrank", "pivoted", "narrow"),
+    bits: Sequence[int] = (),
     rank_multiple: int = 1,
     min_rank: int = 1,
     fingerprint: str = "",
     base: str = "",
     prepared: Mapping[str, PreparedSite] | None = None,
+    distance: Callable[[], float] | None = None,
+    rounds: int = 0,
+    crew: Crew | None = None,
     progress: Progress = silent,
-) -> tuple[Plan, Mapping[str, PreparedSite]]:
+) -> Decision:
     """Decompose every site, unless ``prepared`` holds that already, then spend the budget on ranks and forms.
+
+    With one global budget in units of the loss, ``narrow`` among the forms lets MLPs and attentions become narrower
+    instead (:mod:`eckart.modules`), ``bits`` lets numbers be stored in so many bits, and ``rounds`` of probes measure
+    with ``distance`` what was predicted (:mod:`eckart.apply.probe`). A method of narrower modules takes no ranks.
 
     Raises InputError where method, moments and allocation do not go together, BudgetError where the budget
     cannot be met.
@@ -75,33 +89,116 @@ def decide(
             "budget (or a ceiling on the loss) over such errors does worse than equal shares. Take "
             "allocation 'uniform' or 'typewise', or method 'kfac'."
         )
-    if prepared is None:
-        prepared = prepare_sites(model, sites, moments, method, options, progress=progress)
-    curves = [
-        Curve(
-            site=site,
-            choices=choices_for(
-                site,
-                prepared[site.name].errors.numpy(),
-                forms=forms_of(model, site, forms),
-                rank_multiple=rank_multiple,
-                min_rank=min_rank,
-                bytes_per_number=element_size(model, site),
-            ),
+    mixed = method.loss_units and allocation == "global"
+    if bits and not mixed:
+        raise InputError(
+            f"bits are chosen under one global budget in units of the loss; got method {method.name!r} with "
+            f"allocation {allocation!r}. Take method 'kfac' or 'modules' with allocation 'global'."
         )
-        for site in sites
-    ]
-    plan = make_plan(
-        curves,
+    modules = isinstance(method, ModuleMethod)
+    narrow = modules or (mixed and "narrow" in forms)
+    unit_method = method if isinstance(method, ModuleMethod) else obs.METHOD
+    unit_options = options if modules else obs.Options()
+    units = units_of(model, sites, _parts(unit_options, allocation)) if narrow else []
+    if modules and not units:
+        raise InputError(no_units(model, sites, method.name))
+    if isinstance(method, ModuleMethod):
+        prepared = {}
+        if bits and moments is not None:
+            plain = get_method("kfac")
+            prepared = prepare_sites(model, sites, moments, plain, plain.options(), crew=crew, progress=progress)
+    elif prepared is None:
+        prepared = prepare_sites(model, sites, moments, method, options, crew=crew, progress=progress)
+    cut = prepare_units(model, units, sites, moments, unit_method, unit_options, progress=progress) if units else {}
+    table = Table(
+        model=model,
+        sites=sites,
+        moments=moments,
+        prepared=prepared,
+        units={each.unit.name: each for each in units},
+        cut=cut,
+        forms=("dense",) if modules else tuple(forms),
+        bits=tuple(bits),
+        rank_multiple=rank_multiple,
+        min_rank=min_rank,
+    )
+    groups = table.groups()
+    rest = rest_of(model, sites)
+    probed = None
+    if mixed:
+        chosen = solve_groups(groups, budget, rest)
+        if distance is not None and rounds:
+            chosen, probed = refine(table, groups, chosen, budget, rest, distance, rounds, progress)
+    else:
+        curves = [curve for group in groups for curve in group.alternatives[-1 if modules else 0]]
+        chosen = list(zip(curves, solve(curves, budget, rest, allocation, remainder=not modules), strict=True))
+    plan = write_plan(
+        chosen,
         budget,
-        rest_of(model, sites),
-        method=method.name,
-        options=options,
+        rest,
+        method="kfac" if modules else method.name,
+        options={} if modules else options,
         allocation=allocation,
+        unit_method=unit_method.name,
+        unit_options=unit_options,
+        group=GROUP,
         fingerprint=fingerprint,
         base=base,
     )
-    return plan, prepared
+    return Decision(plan, prepared, cut, probed)
+
+
+def _parts(options: Any, allocation: Allocation) -> Sequence[str] | None:
+    """The kinds of units that become narrower, where the options leave it open."""
+    if options.parts is not None:
+        return list(options.parts)
+    return NATIVE_KINDS if allocation == "uniform" and options.__class__ is obs.Options else None
+
+
+def no_units(model: nn.Module, sites: Sequence[Site], method: str) -> str:
+    """Why nothing of a model can become narrower."""
+    reasons = dict(module_units(model, sites)[1])
+    why = "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in list(reasons.items())[:3])
+    return (
+        f"method {method!r} makes MLPs and attentions narrower, and none of this model's can be: "
+        f"{why or 'their maps are not all selected'}. Take method 'kfac', which gives "
+        "factors only, or select whole blocks."
+    )
+
+
+def check_budget(
+    model: nn.Module,
+    sites: Sequence[Site],
+    budget: Budget,
+    *,
+    method: CompressMethod | ModuleMethod,
+    options: Any,
+    allocation: Allocation | None = None,
+    forms: Sequence[FormKind] = ("dense", "lowrank", "pivoted", "narrow"),
+    bits: Sequence[int] = (),
+    rank_multiple: int = 1,
+    min_rank: int = 1,
+) -> None:
+    """Raise BudgetError where no plan can meet the budget; needs no moments, so it comes before a calibration."""
+    if isinstance(method, ModuleMethod):
+        units = units_of(model, sites, _parts(options, allocation or default_allocation(method)))
+        if not units:
+            raise InputError(no_units(model, sites, method.name))
+        table = Table(
+            model=model,
+            sites=sites,
+            moments=None,
+            prepared={},
+            units={each.unit.name: each for each in units},
+            cut={},
+            forms=("dense",),
+            bits=tuple(bits),
+            rank_multiple=rank_multiple,
+            min_rank=min_rank,
+        )
+        solve_groups(table.groups(), budget, rest_of(model, sites))
+    elif not bits:
+        equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
 
 
 def equal_shares(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from eckart.apply.crew import Crew, Job, Parcel, crew_of, packed, unpacked
 from eckart.arch import site_matrices
 from eckart.compression import CompressMethod, Prepared
 from eckart.errors import InputError, problems
@@ -92,22 +93,64 @@ def prepare_sites(
     method: CompressMethod,
     options: Any,
     *,
+    crew: Crew | None = None,
     progress: Progress = silent,
 ) -> dict[str, PreparedSite]:
     """Decompose every site, after all checks that need no computation.
 
+    With a ``crew``, and under ``torchrun``, the processes share the work.
     Raises InputError for sites that the method cannot take and for moments that are missing.
     """
     wrong = misfits(sites, method)
     if wrong:
         raise InputError(problems(f"method {method.name!r} cannot take every site", wrong))
     check_needs(sites, moments, method)
-    prepared = {}
-    for done, site in enumerate(sites):
-        progress("decompose", done, len(sites))
-        prepared[site.name] = prepare_site(model, site, moments, method, options)
-    progress("decompose", len(sites), len(sites))
-    return prepared
+    tasks = [(site, method, options) for site in sites]
+    found = prepare_tasks(model, tasks, moments, crew=crew, progress=progress)
+    return {part.site.name: part for part in found}
+
+
+def prepare_tasks(
+    model: nn.Module,
+    tasks: Sequence[tuple[Site, CompressMethod, Any]],
+    moments: Moments | None,
+    *,
+    crew: Crew | None = None,
+    progress: Progress = silent,
+) -> list[PreparedSite]:
+    """Decompose each site by its method and options. With a ``crew``, and under ``torchrun``, the work is shared."""
+    together = crew_of(crew)
+    if together is None:
+        found = []
+        for done, (site, method, options) in enumerate(tasks):
+            progress("decompose", done, len(tasks))
+            found.append(prepare_site(model, site, moments, method, options))
+        progress("decompose", len(tasks), len(tasks))
+        return found
+
+    def work(index: int) -> Parcel:
+        site, method, options = tasks[index]
+        tensors: dict[str, Tensor] = {}
+        note = packed(prepare_site(model, site, moments, method, options), _given(model, site), tensors)
+        return Parcel(note, tensors)
+
+    parcels = together.do("decompose", [job_of(site, method.name) for site, method, _ in tasks], work, progress)
+    return [
+        unpacked(parcel.note, _given(model, site), parcel.tensors)
+        for (site, _, _), parcel in zip(tasks, parcels, strict=True)
+    ]
+
+
+def job_of(site: Site, what: str) -> Job:
+    """A decomposition as a job. Its cost is that of the products with Σ and with Wᵀ, in multiply-adds."""
+    m, n = site.out_features, site.in_features
+    return Job(f"{site.name} {what}", float(site.slices * m * n * (m + n)))
+
+
+def _given(model: nn.Module, site: Site) -> dict[str, Tensor]:
+    """What every process has already."""
+    slices = enumerate(site_matrices(model, site))
+    return {f"{index}/{name}": tensor for index, weights in slices for name, tensor in weights.items()}
 
 
 def curves_of(prepared: Mapping[str, PreparedSite]) -> dict[str, list[float]]:

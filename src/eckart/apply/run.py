@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from eckart.apply.bits import dense_of, metric_of, quantise_site
+from eckart.apply.crew import Crew, Parcel, crew_of
 from eckart.apply.error import relative_error
-from eckart.apply.prepare import PreparedSite, prepare_site, site_moments
-from eckart.arch import get_module, model_size, set_module, site_module, site_size
-from eckart.compression import CompressMethod, get_method, options_for
+from eckart.apply.prepare import PreparedSite, job_of, prepare_site, prepare_tasks, site_moments
+from eckart.apply.units import (
+    NarrowSite,
+    held_out_unit,
+    narrow_sites,
+    prepare_units,
+    replace_narrow,
+    unit_error,
+    units_of,
+)
+from eckart.arch import get_module, model_size, set_module, site_matrices, site_module, site_size
+from eckart.compression import CompressMethod, get_method, kfac, options_for
 from eckart.errors import InputError, problems
 from eckart.forms import Form
 from eckart.layers import layer_from_forms, tie_to, unsupported
+from eckart.modules import Piece, PreparedUnit, UnitFacts, get_module_method
 from eckart.moments import Moments
 from eckart.planning import Plan, Step, check
 from eckart.records import LayerOutcome, Outcome, Progress, Site, Size, silent
@@ -56,19 +69,14 @@ def _replace(model: nn.Module, site: Site, forms: Sequence[Form]) -> None:
 
 
 def held_out_error(
-    model: nn.Module,
-    site: Site,
-    moments: Moments,
-    method: CompressMethod,
-    options: Any,
-    rank: int,
-    centred: bool,
+    model: nn.Module, site: Site, moments: Moments, method: CompressMethod, options: Any, rank: int
 ) -> float | None:
     """Relative error on half B of the map that half A alone would have given, averaged over the slices."""
     try:
         part = prepare_site(model, site, moments, method, options, half="A")
     except InputError:
         return None
+    centred = any(one.mean is not None for one in part.slices)
     found = []
     for index, prepared in enumerate(part.slices):
         known = site_moments(moments, site, index, "B")
@@ -79,6 +87,35 @@ def held_out_error(
     return sum(found) / len(found) if found else None
 
 
+def held_out_errors(
+    model: nn.Module,
+    todo: Sequence[tuple[Site, Step]],
+    moments: Moments,
+    *,
+    crew: Crew | None = None,
+    progress: Progress = silent,
+) -> dict[str, float | None]:
+    """:func:`held_out_error` of every planned site. With a ``crew``, and under ``torchrun``, the work is shared."""
+
+    def error(index: int) -> float | None:
+        site, step = todo[index]
+        method = get_method(step.method)
+        return held_out_error(model, site, moments, method, options_for(method, step.options), step.rank)
+
+    together = crew_of(crew)
+    if together is None:
+        found = []
+        for done in range(len(todo)):
+            progress("certify", done, len(todo))
+            found.append(error(done))
+        progress("certify", len(todo), len(todo))
+    else:
+        jobs = [job_of(site, f"{step.method} {step.rank} {dict(step.options)}") for site, step in todo]
+        parcels = together.do("certify", jobs, lambda index: Parcel(error(index)), progress)
+        found = [parcel.note for parcel in parcels]
+    return {site.name: one for (site, _), one in zip(todo, found, strict=True)}
+
+
 def apply_plan(
     model: nn.Module,
     plan: Plan,
@@ -86,72 +123,67 @@ def apply_plan(
     moments: Moments | None,
     *,
     prepared: Mapping[str, PreparedSite] | None = None,
+    units: Mapping[str, PreparedUnit] | None = None,
     certify: bool = True,
+    crew: Crew | None = None,
     progress: Progress = silent,
 ) -> Outcome:
     """Replace the planned maps of ``model`` in place, one after the other.
 
-    ``prepared`` holds decompositions that planning has made already; sites without one are decomposed here.
+    ``prepared`` and ``units`` hold what planning has computed already; what they lack is computed here.
     With ``certify`` and moments, each map is fitted again on half A of the calibration and measured on half B.
+    With a ``crew``, and under ``torchrun``, the processes share the decompositions.
     Raises InputError, with everything that is wrong, before the model is touched.
     """
     start = time.perf_counter()
-    check(plan, sites)
+    facts = {each.unit.name: each for each in units_of(model, sites, None)} if _narrow_steps(plan) else {}
+    check(plan, sites, [each.unit for each in facts.values()])
     by_name = {site.name: site for site in sites}
     steps = {step.site: step for step in plan.steps}
-    _refuse_unsupported(model, plan.steps, by_name)
+    _refuse_unsupported(model, [step for step in plan.steps if step.form != "narrow"], by_name)
     model_before = model_size(model)
+    planned = [
+        (site, steps[site.name])
+        for site in sites
+        if site.name in steps and steps[site.name].form not in ("dense", "narrow")
+    ]
+    certified: Mapping[str, float | None] = {}
+    if certify and moments is not None:
+        certified = held_out_errors(model, planned, moments, crew=crew, progress=progress)
+    if crew_of(crew) is not None:
+        tasks = []
+        for site, one in planned:
+            if site.name not in (prepared or {}):
+                method = get_method(one.method)
+                tasks.append((site, method, options_for(method, one.options)))
+        shared = prepare_tasks(model, tasks, moments, crew=crew, progress=progress)
+        prepared = {**(prepared or {}), **{part.site.name: part for part in shared}}
+    narrow = _narrowed(model, plan, sites, facts, moments, units or {}, certify)
     layers: list[LayerOutcome] = []
     for done, site in enumerate(sites):
         progress("compress", done, len(sites))
         step = steps.get(site.name)
-        element = site_module(model, site)
-        size = site_size(site, next(element.parameters()).element_size())
-        if step is None or step.form == "dense":
+        size = site_size(site, next(site_module(model, site).parameters()).element_size())
+        if site.name in narrow:
+            one_site = narrow[site.name]
+            known = None if moments is None else moments.site(site.name)
+            second = one_site.second if one_site.second is not None else None if known is None else known.second
+            with torch.no_grad():
+                replace_narrow(model, site, one_site.narrow)
+                if one_site.step.bits:
+                    quantise_site(model, site.name, one_site.step, second)
+            layers.append(replace(one_site.outcome, before=size, after=_size_of(site_module(model, site))))
+            continue
+        if step is None or (step.form == "dense" and not step.bits):
             layers.append(
                 LayerOutcome(site=site, form="dense", rank=site.full_rank, before=size, after=size, predicted=0.0)
             )
             continue
-        method = get_method(step.method)
-        options = options_for(method, step.options)
-        part = (prepared or {}).get(site.name)
-        if part is None:
-            part = prepare_site(model, site, moments, method, options)
-        forms = [method.cut(one, step.rank, step.form) for one in part.slices]
-        centred = any(one.mean is not None for one in part.slices)
-        held_out = None
-        if moments is not None:
-            known = [site_moments(moments, site, i) for i in range(site.slices)]
-            errors = [
-                relative_error(one.weight, form.dense(), each, centred=centred)
-                for one, form, each in zip(part.slices, forms, known, strict=True)
-                if each is not None
-            ]
-            predicted = sum(errors) / len(errors)
-            if certify:
-                held_out = held_out_error(model, site, moments, method, options, step.rank, centred)
-        else:
-            total = float(part.errors[0])
-            predicted = float(part.errors[step.rank]) / total if total > 0 else 0.0
-        loss = float(part.errors[step.rank]) if method.loss_units else None
-        layers.append(
-            LayerOutcome(
-                site=site,
-                form=step.form,
-                rank=step.rank,
-                before=size,
-                after=form_size(forms, site),
-                predicted=predicted,
-                held_out=held_out,
-                loss=loss,
-            )
-        )
-        with torch.no_grad():
-            _replace(model, site, forms)
+        layers.append(_compressed(model, site, step, moments, prepared or {}, certified.get(site.name), size))
     progress("compress", len(sites), len(sites))
     nothing = Size(parameters=0, bytes=0, macs=0)
     losses = [layer.loss for layer in layers if layer.loss is not None]
-    compressed = [layer for layer in layers if layer.form != "dense"]
+    compressed = [layer for layer in layers if layer.form != "dense" or layer.bits]
     return Outcome(
         layers=tuple(layers),
         sites_before=sum((layer.before for layer in layers), nothing),
@@ -163,3 +195,163 @@ def apply_plan(
         budget=str(plan.budget) if plan.budget is not None else "edited plan",
         seconds=time.perf_counter() - start,
     )
+
+
+def _compressed(
+    model: nn.Module,
+    site: Site,
+    step: Step,
+    moments: Moments | None,
+    prepared: Mapping[str, PreparedSite],
+    held_out: float | None,
+    size: Size,
+) -> LayerOutcome:
+    """One map, replaced by what its step says."""
+    method = get_method(step.method)
+    options = options_for(method, step.options)
+    known = [None if moments is None else site_moments(moments, site, i) for i in range(site.slices)]
+    weights = site_matrices(model, site)[0]
+    metric = None
+    if step.bits and known[0] is not None and method.loss_units:
+        metric = metric_of(weights, known[0], kfac.Options())
+    predicted, loss = 0.0, 0.0 if method.loss_units else None
+    rank = step.rank
+    if step.form == "dense":
+        rank = site.full_rank
+        second = None if known[0] is None else known[0].second
+        exact = weights["weight"].to("cpu", torch.float64).clone()
+        with torch.no_grad():
+            quantise_site(model, site.name, step, second, metric)
+        lost = exact - dense_of(site_module(model, site)).to("cpu", torch.float64)
+        if metric is not None:
+            loss = metric.loss(lost)
+        if known[0] is not None:
+            predicted = relative_error(exact, exact - lost, known[0], centred=False)
+        after = _size_of(site_module(model, site))
+    else:
+        part = prepared.get(site.name)
+        if part is None:
+            part = prepare_site(model, site, moments, method, options)
+        forms = [method.cut(one, step.rank, _factor_form(step)) for one in part.slices]
+        centred = any(one.mean is not None for one in part.slices)
+        stand_ins = [form.dense() for form in forms]
+        with torch.no_grad():
+            _replace(model, site, forms)
+            if step.bits:
+                second = None if known[0] is None else known[0].second
+                quantise_site(model, site.name, step, second)
+                stand_ins = [dense_of(site_module(model, site))]
+        linear = site.kind in ("linear", "conv1d") and not site.tied
+        after = _size_of(site_module(model, site)) if linear else form_size(forms, site)
+        if moments is not None:
+            errors = [
+                relative_error(one.weight, dense, each, centred=centred)
+                for one, dense, each in zip(part.slices, stand_ins, known, strict=True)
+                if each is not None
+            ]
+            predicted = sum(errors) / len(errors)
+        else:
+            total = float(part.errors[0])
+            predicted = float(part.errors[step.rank]) / total if total > 0 else 0.0
+        if method.loss_units:
+            loss = float(part.errors[step.rank])
+            if metric is not None:
+                loss = metric.loss(
+                    part.slices[0].weight.to("cpu", torch.float64) - stand_ins[0].to("cpu", torch.float64)
+                )
+    return LayerOutcome(
+        site=site,
+        form=step.form,
+        rank=rank,
+        before=size,
+        after=after,
+        predicted=predicted,
+        held_out=held_out,
+        loss=loss,
+        bits=step.bits,
+        repair=step.repair,
+    )
+
+
+def _factor_form(step: Step) -> Literal["lowrank", "pivoted"]:
+    return "pivoted" if step.form == "pivoted" else "lowrank"
+
+
+def _size_of(layer: nn.Module) -> Size:
+    """What a layer costs, biases left out."""
+    whole = model_size(layer)
+    biases = [p for name, p in layer.named_parameters() if name.rpartition(".")[2] == "bias"]
+    return Size(
+        parameters=whole.parameters - sum(p.numel() for p in biases),
+        bytes=whole.bytes - sum(p.nbytes for p in biases),
+        macs=whole.macs,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _NarrowSite:
+    """What becomes of one map of a unit."""
+
+    narrow: NarrowSite
+    step: Step
+    second: Tensor | None
+    outcome: LayerOutcome
+
+
+def _narrow_steps(plan: Plan) -> list[Step]:
+    return [step for step in plan.steps if step.form == "narrow"]
+
+
+def _narrowed(
+    model: nn.Module,
+    plan: Plan,
+    sites: Sequence[Site],
+    facts: Mapping[str, UnitFacts],
+    moments: Moments | None,
+    known: Mapping[str, PreparedUnit],
+    certify: bool,
+) -> dict[str, _NarrowSite]:
+    """Every map that a unit changes, before any is changed."""
+    by_name = {site.name: site for site in sites}
+    pieces: list[Piece] = []
+    owner: dict[str, Step] = {}
+    outcomes: dict[str, LayerOutcome] = {}
+    nothing = Size(parameters=0, bytes=0, macs=0)
+    for step in _narrow_steps(plan):
+        unit, method = facts[step.site], get_module_method(step.method)
+        options = options_for(method, step.options)
+        part = known.get(step.site)
+        if part is None:
+            part = prepare_units(model, [unit], sites, moments, method, options)[step.site]
+        cut = part.cut(step.rank)
+        pieces += cut
+        predicted, held_out = 0.0, None
+        if moments is not None:
+            predicted = unit_error(model, by_name, part, step.rank, moments, None)
+            if certify:
+                held_out = held_out_unit(model, sites, unit, step.rank, moments, method, options)
+        carrier = part.stand_in(step.rank)[0]
+        for name in unit.unit.sites:
+            owner[name] = step
+            share = step.rank / unit.unit.full_rank
+            loss = 0.0 if method.loss_units else None
+            if name == carrier and method.loss_units:
+                loss = float(part.errors[step.rank])
+            if name in outcomes and loss is not None:  # a fused map that two units change
+                loss += outcomes[name].loss or 0.0
+            outcomes[name] = LayerOutcome(
+                site=by_name[name],
+                form="narrow",
+                rank=round(share * by_name[name].full_rank),
+                before=nothing,
+                after=nothing,
+                predicted=predicted,
+                held_out=held_out,
+                loss=loss,
+                bits=step.bits,
+            )
+    seconds = {piece.site: piece.second for piece in pieces if piece.second is not None}
+    return {
+        name: _NarrowSite(narrow, owner[name], seconds.get(name), outcomes[name])
+        for name, narrow in narrow_sites(model, by_name, pieces).items()
+    }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from eckart.arch.kinds import is_experts, is_transformers_conv1d
 from eckart.records import Site, Size
@@ -17,14 +18,16 @@ def model_size(model: nn.Module) -> Size:
     up. A mixture of experts counts all of its experts, an upper bound of what a token meets. A module
     that is called more than once per token counts once; so does each module of a shared weight.
     The layers that Eckart puts in count by the same rules; one that multiplies by weights of
-    another module says so in ``own_macs``.
+    another module says so in ``own_macs``, one that keeps weights as integers in buffers counts them as
+    parameters in ``own_parameters``. Weights of a tensor subclass (torchao) count the bytes that they hold.
     """
     distinct = list(model.parameters())
     persistent = set(model.state_dict(keep_vars=True))
     buffers = [buffer for name, buffer in model.named_buffers() if name in persistent]
     return Size(
-        parameters=sum(parameter.numel() for parameter in distinct),
-        bytes=sum(tensor.nbytes for tensor in (*distinct, *buffers)),
+        parameters=sum(parameter.numel() for parameter in distinct)
+        + sum(getattr(module, "own_parameters", 0) for module in model.modules()),
+        bytes=sum(_bytes(tensor) for tensor in (*distinct, *buffers)),
         macs=sum(_macs(module) for module in model.modules()),
     )
 
@@ -39,6 +42,14 @@ def site_size(site: Site, element_size: int, *, heads: int | None = None) -> Siz
     numbers = site.weight_parameters
     uses = (int(bool(site.tied)) if heads is None else heads) if site.kind == "embedding" else 1 + len(site.tied)
     return Size(parameters=numbers, bytes=numbers * element_size, macs=numbers * uses)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the tensors inside where it is a wrapper around some."""
+    if is_traceable_wrapper_subclass(tensor):
+        inner, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in inner)
+    return tensor.nbytes
 
 
 def _macs(module: nn.Module) -> int:

@@ -29,6 +29,12 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
+def work_folder(path: str | Path) -> Path:
+    """Where a run that can be taken up again keeps what it has done: beside ``path``, on the same disk."""
+    target = Path(path).resolve()
+    return target.with_name(f".{target.name}.stream")
+
+
 def leftovers(path: str | Path) -> list[Path]:
     """Half-written folders that killed processes left beside ``path``; those being written are not listed."""
     target = Path(path).resolve()
@@ -125,7 +131,21 @@ def _swap_in(new: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
-def _full(error: BaseException) -> bool:
+def put_in_place(new: Path, target: Path) -> None:
+    """Sync a finished folder and make it ``target``, on the same disk; what was there before is removed."""
+    _sync_tree(new)
+    _swap_in(new, target)
+    _sync(target.parent)
+
+
+def set_aside(folder: Path, target: Path) -> Path:
+    """Rename a folder beside ``target`` in one step to what :func:`recover` removes, should this process end now."""
+    aside = target.with_name(f".{target.name}{_WRITING}{secrets.token_hex(4)}")
+    folder.rename(aside)
+    return aside
+
+
+def disk_full(error: BaseException) -> bool:
     """Whether the disk is full. Safetensors reports it as text in an exception of its own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
@@ -173,12 +193,10 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needed: int | No
             lock = os.open(new, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield new
-        _sync_tree(new)
-        _swap_in(new, target)
-        _sync(target.parent)
+        put_in_place(new, target)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
-        if _full(error):
+        if disk_full(error):
             stands = "The old folder stands as it was." if target.exists() else "Nothing was left behind."
             raise FileError(f"the disk is full: {target} could not be written. {stands}") from error
         if isinstance(error, PermissionError):

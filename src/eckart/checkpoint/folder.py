@@ -216,18 +216,29 @@ def _ranks(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
     """Rank by the stem of each pair of factors that a layer needs; none for layers that own no factors."""
     if entry["kind"] in ("tied-head", "tied-embedding"):
         return {}
+    if entry["kind"] == "quantised":
+        return {f"{name}.": entry["rank"]} if entry.get("rank") else {}
     if entry["kind"] == "experts":
         weights = entry["weights"].items()
         return {f"{name}.{weight.removesuffix('_proj')}_": spec["rank"] for weight, spec in weights}
     return {f"{name}.": entry["rank"]}
 
 
-def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Rank by stem of every pair ``….a.weight`` and ``….b.weight``, or ``…_a`` and ``…_b`` of experts."""
-    found = {}
+_FACTOR = ("weight", "codes", "_weight_qdata")
+"""Endings of the tensor that holds a factor: in floats, in integers of Eckart's, in integers of torchao's."""
+
+
+def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, int | None]:
+    """Rank by stem of every pair ``….a.weight`` and ``….b.weight``, or ``…_a`` and ``…_b`` of experts.
+
+    None where ``b`` is in integers, whose packed shape does not say the rank.
+    """
+    found: dict[str, int | None] = {}
     for key, info in tensors.items():
-        if key.endswith(".b.weight") and len(info.shape) >= 2 and key[:-8] + "a.weight" in tensors:
-            found[key[:-8]] = info.shape[1]
+        stem, factor, part = key.rpartition(".b.")
+        has_a = any(f"{stem}.a.{ending}" in tensors for ending in _FACTOR)
+        if factor and part in _FACTOR and len(info.shape) >= 2 and has_a:
+            found[f"{stem}."] = info.shape[1] if part == "weight" else None
         elif key.endswith("_b") and len(info.shape) == 3 and key[:-1] + "a" in tensors:
             found[key[:-1]] = info.shape[2]
     return found
@@ -236,10 +247,10 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
 def _check_modules(
     entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, TensorInfo], found: list[str]
 ) -> None:
-    """Every factored layer has its two factors, of its rank.
+    """Every factored layer has its two factors, of its rank, and every quantised one its integers.
 
     Transformers writes some architectures (ViT, Mixtral) under other names than the modules have. So a layer
-    whose name is not in the files may take any pair of its rank that no other layer claims.
+    whose name is not in the files may take any pair of its rank, or any integers, that no other layer claims.
     """
     if not tensors:
         return
@@ -250,14 +261,21 @@ def _check_modules(
         except (KeyError, AttributeError, TypeError):
             found.append(f"config.json: the entry of {name} is damaged")
     pairs = _pairs(tensors)
-    unequal = [f"{stem} {pairs[stem]} for {rank}" for stem, rank in needed.items() if pairs.get(stem, rank) != rank]
+    unequal = [
+        f"{stem} {pairs[stem]} for {rank}" for stem, rank in needed.items() if pairs.get(stem) not in (None, rank)
+    ]
     free = Counter(rank for stem, rank in pairs.items() if stem not in needed)
     missing = []
     for stem, rank in needed.items():
         if stem not in pairs:
-            free[rank] -= 1
-            if free[rank] < 0:
+            taken = rank if free[rank] > 0 else None
+            free[taken] -= 1
+            if free[taken] < 0:
                 missing.append(f"{stem}a and b")
+    quantised = {f"{name}.codes" for name, entry in entries.items() if entry.get("kind") == "quantised"}
+    spare = sum(key.endswith(".codes") for key in tensors.keys() - quantised)
+    lost = sorted(quantised - tensors.keys())
+    found += _some("integers of quantised layers named in config.json but not in the weights", lost[spare:])
     found += _some("factors named in config.json but not in the weights", missing)
     found += _some("factors of another rank than config.json says", unequal)
     if entries and not any(info.numel == 0 for info in tensors.values()):

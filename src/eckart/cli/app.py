@@ -10,6 +10,7 @@ import typer
 import eckart
 from eckart.cli.calibrate import calibrate
 from eckart.cli.claims import claims
+from eckart.cli.compensate import compensate
 from eckart.cli.compress import compress
 from eckart.cli.demo import demo
 from eckart.cli.doctor import doctor
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (calibrate, plan, compress, evaluate, export, methods, claims, doctor, demo, schema):
+for verb in (calibrate, plan, compress, compensate, evaluate, export, methods, claims, doctor, demo, schema):
     app.command(verb.__name__)(verb)
 
 

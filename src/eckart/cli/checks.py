@@ -139,6 +139,45 @@ def source_problems(recipe: CompressRecipe) -> list[str]:
     return found
 
 
+def queue_problems(recipe: CompressRecipe) -> list[str]:
+    """Workers of a queue share decompositions, each with the same moments."""
+    if recipe.queue is None:
+        return []
+    found = []
+    if recipe.data.source is not None:
+        found.append("--queue shares decompositions, not a calibration: calibrate first, and give --moments.")
+    if Path(recipe.queue).exists() and not Path(recipe.queue).is_dir():
+        found.append(f"--queue: {recipe.queue} is a file, a folder is expected.")
+    return found
+
+
+def stream_problems(recipe: CompressRecipe, dry_run: bool) -> list[str]:
+    """What cannot be asked of a model that is never in memory as a whole."""
+    if not recipe.stream:
+        return []
+    given = {
+        "--plan": recipe.plan,
+        "--moments": recipe.moments,
+        "--queue": recipe.queue,
+        "--embeddings": recipe.sites.embeddings,
+        "--head": recipe.sites.head,
+        "--dtype": recipe.run.dtype,
+        "--device": recipe.run.device,
+        "--dry-run": dry_run,
+    }
+    why = {
+        "--plan": "it calibrates and plans by itself, block by block",
+        "--moments": "moments of the whole model would not fit either; give --data",
+        "--queue": "it is the work of one process",
+        "--embeddings": "only the maps inside of the blocks are compressed",
+        "--head": "only the maps inside of the blocks are compressed",
+        "--dtype": "weights are computed with as they are stored",
+        "--device": "it runs on the CPU",
+        "--dry-run": "a dry run loads the whole model; the run itself checks first whether the disk is large enough",
+    }
+    return [f"--stream and {flag} exclude each other: {why[flag]}." for flag, value in given.items() if value]
+
+
 def moments_problems(recipe: CompressRecipe | PlanRecipe) -> list[str]:
     """Where neither moments nor data are given, the method must need none. Looks the method up last."""
     missing = "--moments is missing" if isinstance(recipe, PlanRecipe) else "--data or --moments is missing"

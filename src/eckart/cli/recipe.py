@@ -260,6 +260,16 @@ class CompressRecipe(Section):
     certify: Annotated[bool | None, Flag("--certify", "", "certify", default="yes")] = Field(
         default=None, description="Also fit every map on half of the calibration and measure it on the other."
     )
+    queue: Annotated[str | None, Flag("--queue", "FOLDER", "queue")] = Field(
+        default=None,
+        description="Share the work through this folder: start the same command on several machines that see it. "
+        "Needs --moments, or a method that needs none; torchrun shares a calibration too.",
+    )
+    stream: Annotated[bool | None, Flag("--stream", default="no")] = Field(
+        default=None,
+        description="For models larger than memory: one block at a time, from file to file. If it is killed, the same "
+        "command goes on where it was.",
+    )
     run: RunSection = RunSection()
     output: FolderOutput = FolderOutput()
 
@@ -278,9 +288,58 @@ class EvaluateRecipe(Section):
     run: RunSection = RunSection()
 
 
+class RepairSection(Section):
+    """How what was lost is given back."""
+
+    name: Annotated[str | None, Flag("--method", "NAME", "method", default="kfac")] = Field(
+        default=None,
+        description="kfac (least rise of the loss), eora or qera (least output error), svd (no data).",
+    )
+    options: Annotated[dict[str, Any] | None, Flag("--option", "NAME=VALUE", "options")] = Field(
+        default=None, description="Option of the method. Repeatable."
+    )
+    rank: Annotated[Positive | None, Flag("--rank", "R", "rank", default="32")] = Field(
+        default=None, description="Rank of the LoRA: of every map, or with --share the most that a map may get."
+    )
+    share: Annotated[Share | None, Flag("--share", "SHARE", "share")] = Field(
+        default=None,
+        description="Parameters of all repairs as a share of those of the repaired maps, spread by predicted loss.",
+    )
+    inputs: Annotated[Literal["base", "damaged"] | None, Flag("--inputs", "base|damaged", "inputs", default="base")] = (
+        Field(default=None, description="Whose inputs the repairs are fitted on.")
+    )
+
+
+class AdapterOutput(Section):
+    """The folder that is written."""
+
+    folder: Annotated[str | None, Flag("--output", "DIR", short="-o")] = Field(
+        default=None, description="Folder to write: a LoRA for PEFT and how it was made."
+    )
+    overwrite: Annotated[bool | None, Flag("--overwrite", default="no")] = Field(
+        default=None,
+        description="Replace the output where it exists; the old one stands until the new one is whole.",
+    )
+
+
+class CompensateRecipe(Section):
+    """Recipe of ``eckart compensate``."""
+
+    model: Model = Field(default=None, description="Folder of the quantised, pruned or compressed model.")
+    against: Annotated[str | None, Flag("--against", "BASE")] = Field(
+        default=None, description="Folder or hub name of the model that it was made from."
+    )
+    data: DataSection = DataSection()
+    moments: Moments = Field(default=None, description="File written by `eckart calibrate BASE`, instead of --data.")
+    repair: RepairSection = RepairSection()
+    run: RunSection = RunSection()
+    output: AdapterOutput = AdapterOutput()
+
+
 RECIPES: dict[str, type[Section]] = {
     "calibrate": CalibrateRecipe,
     "plan": PlanRecipe,
     "compress": CompressRecipe,
     "evaluate": EvaluateRecipe,
+    "compensate": CompensateRecipe,
 }

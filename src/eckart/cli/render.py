@@ -29,9 +29,15 @@ def saved(console: Console, folder: Path) -> None:
         _line(console, f"report   {folder / 'report.html'}")
 
 
-def exported(console: Console, folder: Path, size: int) -> None:
-    """An exported folder."""
+def exported(console: Console, folder: Path, size: int, note: Mapping[str, Any]) -> None:
+    """An exported folder; ``note`` is what an ONNX export says of itself."""
     _line(console, f"saved to {folder} ({fmt.human_bytes(size)})")
+    for side in ("inputs", "outputs"):
+        for name, value in note.get(side, {}).items():
+            _line(console, f"{side:8} {name} {value['type']} ({' × '.join(map(str, value['shape']))})")
+    if note:
+        largest, relative, limit = (note[key] for key in ("largest_difference", "relative_difference", "tolerance"))
+        _line(console, f"largest difference from torch {largest:.1e}, relative {relative:.1e} (allowed {limit:.0e})")
 
 
 def demo(console: Console, outcome: Outcome, found: Evaluation, places: Mapping[str, Any], seconds: float) -> None:

@@ -86,17 +86,21 @@ def prepare(weights: Mapping[str, Tensor], moments: SiteMoments | None, options:
     Errors × ``moments.loss_scale`` estimate the rise of the loss. Raises InputError where
     ``moments.second`` is missing, or ``gradient`` as well as ``gradient_scale``.
     """
+    second, gradient, mean = metrics(weights, moments, options)
+    return factorise(weights, second=second, gradient=gradient, mean=mean)
+
+
+def metrics(
+    weights: Mapping[str, Tensor], moments: SiteMoments | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Σ_s, G_s and the mean that the bias takes up, for W (out, in): the metrics of every loss in this package."""
     second, mean = input_metric(weights, moments, options.correct_bias, "kfac")
     known = given(moments, "kfac")
     rho = options.input_shrinkage
     if rho is None:
         rho = 0.2 * max(0.0, 1 - known.count / (2.5 * second.shape[0]))
-    return factorise(
-        weights,
-        second=_shrunk_inputs(second, rho),
-        gradient=_gradient_metric(weights["weight"].shape[0], known, options.gradient_shrinkage),
-        mean=mean,
-    )
+    gradient = output_metric(weights["weight"].shape[0], known, options.gradient_shrinkage)
+    return _shrunk_inputs(second, rho), gradient, mean
 
 
 def _shrunk_inputs(second: Tensor, rho: float) -> Tensor:
@@ -106,7 +110,7 @@ def _shrunk_inputs(second: Tensor, rho: float) -> Tensor:
     return shrink_to_diagonal(second, rho)
 
 
-def _gradient_metric(out_features: int, moments: SiteMoments, gamma: float) -> Tensor:
+def output_metric(out_features: int, moments: SiteMoments, gamma: float) -> Tensor:
     """G_s (out, out), or its cheap stand-in E‖g‖² / m on the diagonal (out,)."""
     if moments.gradient is None and moments.gradient_scale is not None:
         return torch.full((out_features,), moments.gradient_scale / out_features, dtype=torch.float64)

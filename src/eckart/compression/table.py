@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol
 
 from eckart.compression import afm, asvd, fwsvd, kfac, lord, svd, whitened
 from eckart.compression.method import CompressMethod
@@ -32,7 +32,17 @@ def get_method(name: str) -> CompressMethod:
     return METHODS[name]
 
 
-def options_for(method: CompressMethod, given: Mapping[str, Any] | None = None) -> Any:
+class HasOptions(Protocol):
+    """A method of any table."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> type[Any]: ...
+
+
+def options_for(method: HasOptions, given: Mapping[str, Any] | None = None) -> Any:
     """The method's options with ``given`` in place of its defaults.
 
     Raises InputError that names every option the method does not have, or the first value out of range.

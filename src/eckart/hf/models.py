@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from eckart.errors import FileError, InputError, unknown
+from eckart.hf.mapped import map_pretrained
 from eckart.hf.registry import register
 
 Task = Literal["embedding", "causal-lm", "masked-lm", "logits"]
@@ -85,12 +86,14 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    mapped: bool = False,
 ) -> LoadedModel:
     """A pretrained model from a folder or the hub.
 
     The class is the one that the checkpoint's config names, as it stands in transformers; code that comes
     with a checkpoint is never run. ``dtype`` None keeps the dtype of the checkpoint. A sentence-transformers
-    folder (``modules.json``) is an embedding model whatever head its config names.
+    folder (``modules.json``) is an embedding model whatever head its config names. ``mapped`` leaves the weights
+    in their files (:mod:`eckart.hf.mapped`), for models larger than memory: a folder, on the CPU, as stored.
 
     Raises FileError where there is no such model, or where files are missing, cut short or need a login, and
     where weights would be left at random values. Raises InputError for a dtype or device that does not exist.
@@ -103,11 +106,19 @@ def load_model(
     source = name if path is None else str(path)
     if path is not None:
         check_folder(path)
+    if mapped and (path is None or weight_dtype is not None or target not in (None, torch.device("cpu"))):
+        raise InputError(
+            f"weights are read from the files of a local folder, in the dtype that they are stored in, on the CPU; got "
+            f"{name}, dtype {dtype}, device {device}. Download a hub model first: hf download NAME --local-dir DIR"
+        )
     with _quiet(), _explained(name, path):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         modules = _companion(source, "modules.json")
         cls = _model_class(config, name, embedding=modules is not None)
-        model = _from_pretrained(cls, source, config, weight_dtype, name)
+        if mapped:
+            model = map_pretrained(cls, Path(source), config)
+        else:
+            model = _from_pretrained(cls, source, config, weight_dtype, name)
         tokenizer = _load_tokenizer(source, config)
     if target is not None:
         model.to(target)
@@ -349,7 +360,7 @@ def _explained(name: str, path: Path | None) -> Iterator[None]:
             "copy or download it again."
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, FileError):
+        if isinstance(error, (FileError, InputError)):
             raise
         chain = " ".join(f"{type(e).__name__}: {e}" for e in _causes(error))
         if path is not None:

@@ -2,7 +2,8 @@
 
 ``config.json`` names every factored module with its form and rank. ``from_pretrained`` builds the dense
 architecture on the meta device, this quantizer puts empty factored layers in place, and the factors
-are loaded like any other weights. Nothing is quantised; the slot is the one that transformers has for this.
+are loaded like any other weights. The slot is the one that transformers has for quantisers, and it has one only: where
+torchao has quantised linear layers as well, its own quantizer works inside of this one.
 
 Note [Loading without Eckart]. transformers only warns about a quantisation method that it does not know, and
 goes on with random numbers for the weights that it misses. So every factored weight leaves an empty tensor
@@ -12,30 +13,37 @@ of the factored modules loads without Eckart, and rightly.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.torchao import TorchAoDeserialize
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+from transformers.utils import is_torchao_available
+from transformers.utils.quantization_config import QuantizationConfigMixin, TorchAoConfig
 
 from eckart.errors import FileError, InputError, problems, unknown
+from eckart.hf.tensor_parallel import adapt_plan, restore_plan
 from eckart.layers import FACTORED, FactoredExperts, TiedLayer, dense_keys, describe, layer_skeleton
 
 QUANT_METHOD = "eckart"
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset()
-"""What a checkpoint may list under ``requires`` for this version to read it."""
+FEATURES = frozenset({"quantised", "torchao"})
+"""What a checkpoint may list under ``requires`` for this version to read it: layers with integer weights of Eckart's,
+and an ``inner`` config of torchao's."""
 
 
 class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``config.quantization_config`` of a compressed model.
 
-    ``modules``: what each factored layer is, by dotted name (:func:`eckart.layers.describe`). Unknown keys
-    are left alone; a format version or an entry of ``requires`` unknown to this version raises FileError.
+    ``modules``: what each factored layer is, by dotted name (:func:`eckart.layers.describe`). ``inner``: the config of
+    torchao, where it has quantised linear layers of the model. Unknown keys are left alone; a format version or an
+    entry of ``requires`` unknown to this version raises FileError, as does a missing torchao.
     """
 
     def __init__(
@@ -43,22 +51,31 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         requires: list[str] | None = None,
+        inner: TorchAoConfig | Mapping[str, Any] | None = None,
         **_optional: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.modules = {name: dict(entry) for name, entry in (modules or {}).items()}
-        self.requires = list(requires or [])
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise FileError(
                 f"this checkpoint has format version {format_version!r}; this Eckart reads up to "
                 f"{FORMAT_VERSION}. Update it: pip install -U eckart."
             )
-        if missing := sorted(set(self.requires) - FEATURES):
+        if missing := sorted(set(requires or ()) - FEATURES):
             raise FileError(
                 f"this checkpoint requires {', '.join(missing)}, which this Eckart does not know. "
                 "Update it: pip install -U eckart."
             )
+        self.inner = _torchao_config(inner) if isinstance(inner, Mapping) else inner
+        if self.inner is not None:  # PEFT looks for it here when it merges an adapter into such a layer
+            self.get_apply_tensor_subclass = self.inner.get_apply_tensor_subclass
+
+    @property
+    def requires(self) -> list[str]:
+        """The features of the format that a reader has to know."""
+        quantised = any(entry.get("kind") == "quantised" for entry in self.modules.values())
+        return ["quantised"] * quantised + ["torchao"] * (self.inner is not None)
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -66,7 +83,20 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "format_version": self.format_version,
             "modules": {name: dict(entry) for name, entry in self.modules.items()},
         }
+        if self.inner is not None:
+            found["inner"] = self.inner.to_dict()
         return found | ({"requires": self.requires} if self.requires else {})
+
+
+def _torchao_config(inner: Mapping[str, Any]) -> TorchAoConfig:
+    if inner.get("quant_method") != "torchao":
+        raise FileError(
+            f"this checkpoint has layers quantised by {inner.get('quant_method')!r}, which this Eckart does not know. "
+            "Update it: pip install -U eckart."
+        )
+    if not is_torchao_available():
+        raise FileError("torchao has quantised layers of this checkpoint, and it is not installed: pip install torchao")
+    return TorchAoConfig.from_dict(dict(inner))
 
 
 class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -79,14 +109,40 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
                 "Eckart compresses with calibration data, not while a dense model is loaded: use "
                 "eckart.compress, and leave quantization_config out of from_pretrained."
             )
+        inner = quantization_config.inner
+        self.inner = None if inner is None else TorchAoHfQuantizer(inner, pre_quantized=True)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self.inner is not None:
+            self.inner.validate_environment(*args, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         put_skeletons(model, self.quantization_config.modules)
+        if self.inner is not None:
+            self.inner._process_model_before_weight_loading(model, **kwargs)
+            _name_as_here(self.inner.metadata, model)
         return model
 
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        return {} if self.inner is None else self.inner.serialized_names
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        quantizer: Any = super() if self.inner is None else self.inner
+        found: list[Any] = quantizer.update_weight_conversions(weight_conversions, model)
+        return found
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Called by transformers with the plans of tensor and expert parallelism, before the model is shared out."""
+        adapt_plan(model, plan)
+
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        restore_plan(getattr(model, "tp_plan", None) or {})
         align(model)
         attach(model, self)
+        if self.inner is not None:  # get_state_dict_and_metadata does the reverse; transformers would try to, and fails
+            kept = [c for c in model._weight_conversions if not _reads_torchao(c)]  # type: ignore[union-attr]
+            model._weight_conversions = kept  # type: ignore[assignment]
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -98,11 +154,11 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        return True
+        return self.inner is None or self.inner.is_trainable
 
     @property
     def is_qat_trainable(self) -> bool:
-        return True
+        return self.inner is None
 
     @property
     def is_compileable(self) -> bool:
@@ -111,22 +167,53 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Called by ``save_pretrained`` before it writes: the weights, and ``config`` brought up to date.
 
-        See Note [Loading without Eckart] for the empty tensors.
+        See Note [Loading without Eckart] for the empty tensors. Raises InputError for weights of torchao's that no
+        inner config speaks of.
         """
         entries = describe(model)
         self.quantization_config.modules = entries
         model.config.quantization_config = self.quantization_config  # type: ignore[union-attr]
-        state = dict(model.state_dict())
+        if self.inner is None:
+            if strange := [name for name, weight in model.named_parameters() if is_torchao(weight)]:
+                raise InputError(
+                    f"torchao has quantised weights of this model ({strange[0]}, …), which Eckart was not told of. "
+                    "Call eckart.hf.torchao.quantise_torchao(model, …) before saving; it keeps them."
+                )
+            state, metadata = dict(model.state_dict()), {}
+        else:
+            state, metadata = self.inner.get_state_dict_and_metadata(model)
         for name, entry in entries.items():
             layer = model.get_submodule(name)
             for key in dense_keys(name, entry):
                 state[key] = _empty(layer, key.rpartition(".")[2])
-        return state, {}
+        return state, metadata
+
+
+def is_torchao(weight: Tensor) -> bool:
+    """Whether a weight is one of torchao's tensor subclasses."""
+    return type(weight.data).__module__.partition(".")[0] == "torchao"
+
+
+def _name_as_here(metadata: dict[str, str], model: nn.Module) -> None:
+    """Let torchao's account of each tensor be found under its name in ``model`` too (see :func:`resolve`)."""
+    names = json.loads(metadata["tensor_names"])
+    for name in list(names):
+        module, _, weight = name.rpartition(".")
+        here = resolve(model, module)
+        if here not in (None, module):
+            metadata[f"{here}.{weight}"] = metadata[name]
+            names.append(f"{here}.{weight}")
+    metadata["tensor_names"] = json.dumps(names)
+
+
+def _reads_torchao(conversion: Any) -> bool:
+    return any(isinstance(operation, TorchAoDeserialize) for operation in getattr(conversion, "operations", ()))
 
 
 def _empty(layer: nn.Module, weight: str) -> Tensor:
     """A tensor without entries in a storage of its own, since tensors in one storage count as tied."""
-    dtype = next((p.dtype for p in layer.parameters()), torch.float32)
+    tensors = (*layer.parameters(), *layer.buffers())
+    dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
     if isinstance(layer, FactoredExperts):  # some checkpoints split this weight by expert: keep that possible
         experts, _, n = layer.shapes[weight]
         return torch.zeros(1, dtype=dtype)[:0].reshape(experts, 0, n)
@@ -160,7 +247,8 @@ def put_skeletons(model: nn.Module, modules: Mapping[str, Mapping[str, Any]]) ->
     found: list[str] = []
     ignored: list[str] = []
     wrong: list[str] = []
-    for name, entry in sorted(modules.items(), key=lambda item: "table" in item[1]):
+    # Parents before their children, tables before what is tied to them.
+    for name, entry in sorted(modules.items(), key=lambda item: ("table" in item[1], item[0].count("."))):
         here = resolve(model, name)
         if here is None:
             continue
@@ -217,31 +305,40 @@ def align(model: nn.Module) -> None:
     bit for bit what the saved one did.
     """
     for weight in model.parameters():
-        if weight.device.type == "cpu" and weight.data_ptr() % 64:
+        if weight.device.type == "cpu" and not is_torchao(weight) and weight.data_ptr() % 64:
             weight.data = weight.data.clone()
 
 
 def attach(model: nn.Module, quantizer: EckartQuantizer) -> None:
     """Let ``save_pretrained`` of the model, and of models inside it, write factored layers.
 
-    The model does not count as quantised: its weights are ordinary, so ``half()`` and training are allowed.
+    The model does not count as quantised, so ``half()`` and training are allowed, unless torchao has quantised layers.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.hf_quantizer = quantizer
-            module.is_quantized = False
+            module.is_quantized = quantizer.inner is not None
             module.quantization_method = QUANT_METHOD
-            if hasattr(module.config, "_is_quantized"):
+            if hasattr(module.config, "_is_quantized") and quantizer.inner is None:
                 del module.config._is_quantized
     model.config.quantization_config = quantizer.quantization_config  # type: ignore[union-attr]
 
 
 def densify(model: nn.Module) -> int:
-    """Replace every factored layer by the dense one that it stands for; returns how many there were.
+    """Replace every layer of Eckart's by the dense one that it stands for; returns how many there were.
 
-    Heads and tables that shared factors share the dense table afterwards.
+    Heads and tables that shared factors share the dense table afterwards. Weights of torchao's become plain ones.
     """
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FACTORED)]
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None and is_torchao(weight):
+                module.register_parameter(name, nn.Parameter(weight.dequantize()))
+    found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FACTORED)]
+    tops = {name for name, _ in found if not any(name.startswith(f"{other}.") for other, _ in found)}
+    for name, layer in reversed(found):  # children of factored layers first, which become trainable again by that
+        if name not in tops:
+            model.set_submodule(name, layer.to_dense())
+    layers = [(name, layer) for name, layer in found if name in tops]
     dense = {id(layer): layer.to_dense() for _, layer in layers}
     for name, layer in layers:
         new = dense[id(layer)]
@@ -251,7 +348,7 @@ def densify(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             _find_ties(module)
-    return len(layers)
+    return len(found)
 
 
 def _find_ties(model: PreTrainedModel) -> None:

@@ -57,7 +57,8 @@ def prepare_for_saving(model: nn.Module) -> dict[str, dict[str, Any]]:
                 module.hf_quantizer.remove_quantization_config(module)
         return {}
     drop_lost_ties(model)
-    attach(model, EckartQuantizer(EckartConfig(entries), pre_quantized=True))
+    inner = None if quantizer is None else quantizer.quantization_config.inner
+    attach(model, EckartQuantizer(EckartConfig(entries, inner=inner), pre_quantized=True))
     return entries
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from eckart.checkpoint import MANIFEST, FolderState, Manifest, atomic_folder, inspect_folder
+from eckart.checkpoint import atomic_folder
 from eckart.errors import InputError, problems
+from eckart.hf.exported import copy_rest, finish, require_eckart
 from eckart.hf.quantizer import densify
 from eckart.hf.registry import load_pretrained, prepare_for_saving
 
@@ -37,27 +36,20 @@ class Factored{name}(WithFactoredLayers, {name}):
 """
 
 
-def _require_eckart(directory: str | Path) -> FolderState:
-    state = inspect_folder(directory).require_whole()
-    if state.kind != "eckart":
-        raise InputError(f"expected a folder that eckart.save wrote; {directory} is for {state.loads}.")
-    return state
-
-
 def export_dense(directory: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
     """Write the model in ``directory`` with dense weights, for programs that know no factored layers.
 
     It keeps the quality of the compressed model (outputs equal to rounding), and saves nothing: size and speed
     are those of the original. Raises FileError for a folder that is not whole and for an output in the way.
     """
-    state = _require_eckart(directory)
+    state = require_eckart(directory)
     with atomic_folder(output, overwrite=overwrite) as folder:
         model = load_pretrained(directory, dtype="auto")
         densify(model)
         prepare_for_saving(model)
-        _copy_rest(Path(directory), folder, skip=set(state.weight_files))
+        copy_rest(Path(directory), folder, skip=set(state.weight_files))
         model.save_pretrained(folder)  # type: ignore[operator]
-        _finish(Path(directory), folder, "dense", "plain transformers. It is as large and as slow as the original")
+        finish(Path(directory), folder, "dense", "plain transformers. It is as large and as slow as the original")
     return Path(output)
 
 
@@ -65,10 +57,10 @@ def export_remote_code(directory: str | Path, output: str | Path, *, overwrite: 
     """Write the model in ``directory`` with a small Python file that knows its layers, so that it loads with
     ``trust_remote_code=True`` where Eckart is not installed. The numbers are the very same.
 
-    Raises InputError for layers that the file does not know (fused experts, tables shared with a head),
-    FileError as :func:`export_dense`.
+    Raises InputError for layers that the file does not know (fused experts, quantised layers, tables shared with a
+    head), FileError as :func:`export_dense`.
     """
-    state = _require_eckart(directory)
+    state = require_eckart(directory)
     source = Path(directory)
     config = transformers.AutoConfig.from_pretrained(source)
     strange = [
@@ -76,6 +68,8 @@ def export_remote_code(directory: str | Path, output: str | Path, *, overwrite: 
         for name, entry in state.modules.items()
         if entry.get("kind") not in _KINDS
     ]
+    if config.quantization_config.get("inner"):
+        strange.append("torchao has quantised layers of it")
     classes = _auto_classes(config, state.architecture)
     if not classes:
         strange.append(f"no Auto class of transformers loads {state.architecture or 'a model without architectures'}")
@@ -90,14 +84,14 @@ def export_remote_code(directory: str | Path, output: str | Path, *, overwrite: 
         auto: f"{MODULE}.Factored{name}" for auto, name in classes.items()
     }
     with atomic_folder(output, overwrite=overwrite) as folder:
-        _copy_rest(source, folder, skip=set(state.weight_files))
+        copy_rest(source, folder, skip=set(state.weight_files))
         # transformers renames some weights by model_type (ViT), and this folder gets a model_type of its own
         load_pretrained(source, dtype="auto").save_pretrained(folder, save_original_format=False)  # type: ignore[operator]
         (folder / f"{MODULE}.py").write_text(
             _code(type(config).__name__, written["model_type"], sorted(set(classes.values()))), encoding="utf-8"
         )
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
-        _finish(source, folder, "remote-code", "transformers with `trust_remote_code=True`, without Eckart")
+        finish(source, folder, "remote-code", "transformers with `trust_remote_code=True`, without Eckart")
     return Path(output)
 
 
@@ -120,29 +114,3 @@ def _code(config: str, model_type: str, names: list[str]) -> str:
     head = layers.replace("from torch import nn\n", imports, 1).replace("# mypy: ignore-errors\n", "")
     body = _CLASSES.format(config=config, model_type=model_type)
     return head + body + "".join(_CLASS.format(name=name) for name in names)
-
-
-def _files(source: Path) -> Iterator[Path]:
-    return (p for p in source.rglob("*") if p.is_file() and not p.relative_to(source).parts[0].startswith("."))
-
-
-def _copy_rest(source: Path, folder: Path, skip: set[str]) -> None:
-    """Copy tokenizer and other files, without what speaks of the folder that they come from."""
-    left = skip | {MANIFEST, "README.md", "report.html", "model.safetensors.index.json"}
-    for path in _files(source):
-        name = path.relative_to(source).as_posix()
-        if name not in left:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
-
-
-def _finish(source: Path, folder: Path, target: str, loads: str) -> None:
-    """A short README and, where the source has one, its manifest with the new sizes."""
-    text = f"# {source.resolve().name}, exported to {target}\n\nLoads in {loads}.\n"
-    if (source / MANIFEST).is_file():
-        manifest = Manifest.read(source)
-        text += f"\nCompressed from `{manifest.base}` with Eckart; `{MANIFEST}` says how.\n"
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        manifest.write(folder)
-    else:
-        (folder / "README.md").write_text(text, encoding="utf-8")

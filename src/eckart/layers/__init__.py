@@ -12,28 +12,42 @@ from eckart.layers.build import (
     unsupported,
 )
 from eckart.layers.conv import FactoredConv, PivotedConv
-from eckart.layers.embedding import FactoredEmbedding, PivotedEmbedding, TiedEmbedding, TiedHead, TiedLayer
+from eckart.layers.embedding import FactoredEmbedding, PivotedEmbedding, Table, TiedEmbedding, TiedHead, TiedLayer
 from eckart.layers.experts import FactoredExperts
 from eckart.layers.linear import FactoredLinear, PivotedLinear
+from eckart.layers.narrow import NarrowColumns, NarrowRows, is_narrowed, narrow_layer, widened
+from eckart.layers.quantise import quantise_layer
+from eckart.layers.quantised import PACKED_BITS, Quantised, QuantisedEmbedding, QuantisedLinear
 
 __all__ = [
     "FACTORED",
+    "PACKED_BITS",
     "FactoredConv",
     "FactoredEmbedding",
     "FactoredExperts",
     "FactoredLinear",
+    "NarrowColumns",
+    "NarrowRows",
     "PivotedConv",
     "PivotedEmbedding",
     "PivotedLinear",
+    "Quantised",
+    "QuantisedEmbedding",
+    "QuantisedLinear",
+    "Table",
     "TiedEmbedding",
     "TiedHead",
     "TiedLayer",
     "dense_keys",
     "describe",
     "is_factored",
+    "is_narrowed",
     "layer_from_forms",
     "layer_skeleton",
+    "narrow_layer",
+    "quantise_layer",
     "supported_forms",
     "tie_to",
     "unsupported",
+    "widened",
 ]

@@ -15,17 +15,26 @@ from eckart.layers.embedding import (
     FactoredEmbedding,
     PivotedEmbedding,
     StructuredEmbedding,
+    Table,
     TiedEmbedding,
     TiedHead,
     TiedLayer,
 )
 from eckart.layers.experts import FactoredExperts, expert_parameters, unsupported_experts
 from eckart.layers.linear import FactoredLinear, PivotedLinear, StructuredLinear, is_conv1d
+from eckart.layers.narrow import NarrowColumns, NarrowLinear, NarrowRows, is_narrowed, narrow_entry, smaller
+from eckart.layers.quantised import Quantised, QuantisedLinear, quantised_skeleton
 from eckart.records import FormKind, Site
 
-FACTORED = (StructuredLinear, StructuredConv, StructuredEmbedding, TiedLayer, FactoredExperts)
+FACTORED = (StructuredLinear, StructuredConv, Table, TiedLayer, FactoredExperts, QuantisedLinear, NarrowLinear)
 """Bases of all layers of this room, for ``isinstance``."""
 
+_LINEARS: dict[str, type[FactoredLinear] | type[PivotedLinear] | type[NarrowLinear]] = {
+    "lowrank": FactoredLinear,
+    "pivoted": PivotedLinear,
+    "rows": NarrowRows,
+    "columns": NarrowColumns,
+}
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -37,6 +46,8 @@ def is_factored(module: nn.Module) -> bool:
 def unsupported(module: nn.Module) -> str | None:
     """None, or the reason why no factored layer can take the place of this module."""
     kind = type(module)
+    if isinstance(module, Quantised):
+        return f"{kind.__name__} is quantised already"
     if isinstance(module, FACTORED):
         return None if isinstance(module, FactoredExperts) else f"{kind.__name__} is factored already"
     if isinstance(module, nn.Linear):
@@ -168,11 +179,11 @@ def _experts_from_forms(
 def tie_to(table: nn.Module, table_name: str, original: nn.Module) -> nn.Module:
     """The layer that replaces ``original``, a head or second embedding that shared the weight of the table.
 
-    Raises InputError where ``table`` is no factored embedding of the same shape.
+    Raises InputError where ``table`` is no factored or quantised embedding of the same shape.
     """
-    if not isinstance(table, StructuredEmbedding):
-        raise InputError(f"{table_name} is no factored embedding, so nothing can be tied to it.")
-    if table.b.bias is not None and isinstance(original, nn.Linear):
+    if not isinstance(table, Table):
+        raise InputError(f"{table_name} is no embedding of Eckart's, so nothing can be tied to it.")
+    if isinstance(original, nn.Linear) and isinstance(table, StructuredEmbedding) and table.b.bias is not None:
         raise InputError(f"{table_name} got a bias from its method; a head cannot share that. Exclude it.")
     if (reason := unsupported(original)) is not None:
         raise InputError(f"a layer tied to {table_name} has to stay dense: {reason}. Exclude the table.")
@@ -187,13 +198,12 @@ def tie_to(table: nn.Module, table_name: str, original: nn.Module) -> nn.Module:
     return layer.train(original.training)
 
 
-def _skeleton(kind: str, form: FormKind, rank: int, bias: bool, original: nn.Module) -> nn.Module:
+def _skeleton(kind: str, form: str, rank: int, bias: bool, original: nn.Module) -> nn.Module:
     weight = original.get_parameter("weight")
     if kind in ("linear", "conv1d"):
         transposed = is_conv1d(original)
         out_features, in_features = weight.T.shape if transposed else weight.shape
-        layer = FactoredLinear if form == "lowrank" else PivotedLinear
-        return layer(
+        return _LINEARS[form](
             in_features,
             out_features,
             rank,
@@ -212,7 +222,7 @@ def _skeleton(kind: str, form: FormKind, rank: int, bias: bool, original: nn.Mod
 def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Module | None = None) -> nn.Module:
     """The empty layer that ``entry`` speaks of (see :func:`describe`), on the device of ``original``.
 
-    ``table`` is the factored embedding for entries with a key ``table``. Raises InputError where the entry
+    ``table`` is the embedding of Eckart's for entries with a key ``table``. Raises InputError where the entry
     asks for what this version does not know, or does not fit ``original``.
     """
     kind = entry.get("kind")
@@ -222,13 +232,17 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
         return tie_to(table, str(entry["table"]), original)
     if reason := unsupported(original):
         raise InputError(reason)
+    if kind == "quantised":
+        return quantised_skeleton(entry, original).train(original.training)
     if kind == "experts":
         weights = {name: (spec["form"], int(spec["rank"])) for name, spec in entry["weights"].items()}
         layer: nn.Module = FactoredExperts(original, weights)
         return layer.train(original.training)
+    if kind == "narrow":
+        return smaller(original, int(entry["out"]), int(entry["in"]), bool(entry["bias"]), int(entry.get("blocks", 1)))
     form, rank = entry.get("form"), entry.get("rank")
-    if form not in ("lowrank", "pivoted"):
-        raise InputError(unknown("form", str(form), ("lowrank", "pivoted")) + " Update eckart.")
+    if form not in _LINEARS:
+        raise InputError(unknown("form", str(form), _LINEARS) + " Update eckart.")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"a rank is an int of at least 1; got {rank!r}.")
     bias = entry.get("bias", getattr(original, "bias", None) is not None)
@@ -236,8 +250,12 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Entry of every factored layer by its name, tables before what is tied to them. JSON values only."""
+    """Entry of every layer of Eckart's by its name, tables before what is tied to them. JSON values only.
+
+    A child of a factored layer that is quantised has an entry of its own, after that of its parent.
+    """
     found = {name: layer.entry() for name, layer in model.named_modules() if isinstance(layer, FACTORED)}
+    found |= {name: narrow_entry(layer) for name, layer in model.named_modules() if is_narrowed(layer)}
     return dict(sorted(found.items(), key=lambda item: "table" in item[1]))
 
 
@@ -245,4 +263,6 @@ def dense_keys(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     """State-dict keys of the dense weights that are not there because the layer ``name`` is factored."""
     if entry.get("kind") == "experts":
         return tuple(f"{name}.{weight}" for weight in entry["weights"])
+    if entry.get("kind") == "narrow":  # there, in another shape, which stops whoever expects the old one
+        return ()
     return (f"{name}.weight",)

@@ -13,7 +13,54 @@ from eckart.layers.linear import INDEX_DTYPE, reordered
 from eckart.records import FormKind
 
 
-class StructuredEmbedding(nn.Module):
+class Table(nn.Module):
+    """What every layer in the place of an nn.Embedding shares: a table E (entries × width) in some form."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """hidden · Eᵀ: (…, width) to (…, entries). What a tied head computes."""
+        raise NotImplementedError
+
+    @property
+    def score_macs(self) -> int:
+        """Multiply-adds of ``scores`` per token."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """E (entries × width), computed."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense table. Metadata is free; computing with it builds it."""
+        raise NotImplementedError
+
+    @property
+    def learns(self) -> bool:
+        """``requires_grad`` of the dense table that ``to_dense`` makes."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """An nn.Embedding with the same rows (to rounding)."""
+        weight = nn.Parameter(self.dense().detach(), requires_grad=self.learns)
+        layer = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, _weight=weight)
+        layer.weight.requires_grad_(self.learns)
+        return layer.train(self.training)
+
+    def entry(self) -> dict[str, Any]:
+        """What a checkpoint has to know to build this layer's skeleton."""
+        raise NotImplementedError
+
+
+class StructuredEmbedding(Table):
     """What both layers share: a table E (entries × width) as narrow table ``a`` and linear map ``b``."""
 
     a: nn.Embedding
@@ -21,11 +68,8 @@ class StructuredEmbedding(nn.Module):
     form: FormKind
 
     def __init__(self, original: nn.Embedding, rank: int, bias: bool, b_out: int) -> None:
-        super().__init__()
+        super().__init__(original.num_embeddings, original.embedding_dim, original.padding_idx)
         weight = original.weight
-        self.num_embeddings = original.num_embeddings
-        self.embedding_dim = original.embedding_dim
-        self.padding_idx = original.padding_idx
         self.rank = rank
         self.a = nn.Embedding(
             original.num_embeddings,
@@ -40,9 +84,14 @@ class StructuredEmbedding(nn.Module):
         """(…, rank) entries of the narrow table to (…, width)."""
         raise NotImplementedError
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """hidden · Eᵀ: (…, width) to (…, entries), never building E. What a tied head computes."""
-        raise NotImplementedError
+    @property
+    def score_macs(self) -> int:
+        """Every entry of the two factors."""
+        return self.a.weight.numel() + self.b.weight.numel()
+
+    @property
+    def learns(self) -> bool:
+        return self.b.weight.requires_grad
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.expand(self.a(ids))
@@ -56,13 +105,6 @@ class StructuredEmbedding(nn.Module):
         """The dense table. Metadata is free; computing with it multiplies the factors."""
         shape = (self.num_embeddings, self.embedding_dim)
         return dense_view(self.dense, shape, self.a.weight, self.b.weight)
-
-    def to_dense(self) -> nn.Module:
-        """An nn.Embedding with the same rows (to rounding)."""
-        weight = nn.Parameter(self.dense().detach(), requires_grad=self.b.weight.requires_grad)
-        layer = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, _weight=weight)
-        layer.weight.requires_grad_(self.b.weight.requires_grad)
-        return layer.train(self.training)
 
     def entry(self) -> dict[str, Any]:
         """What a checkpoint has to know to build this layer's skeleton."""
@@ -115,21 +157,21 @@ class PivotedEmbedding(StructuredEmbedding):
 
 
 class TiedLayer(nn.Module):
-    """A layer that owns no weight: it uses the factors of an embedding elsewhere in the model.
+    """A layer that owns no weight: it uses the table of an embedding elsewhere in the model.
 
-    The table is held outside of ``_modules``, so that its factors stay where they are: one name in the state
+    The table is held outside of ``_modules``, so that its tensors stay where they are: one name in the state
     dict, one entry for the optimizer, moved and cast with the embedding.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, table: StructuredEmbedding, table_name: str) -> None:
+    def __init__(self, table: Table, table_name: str) -> None:
         super().__init__()
         self.table_name = table_name
         self._table = (table,)
 
     @property
-    def table(self) -> StructuredEmbedding:
+    def table(self) -> Table:
         return self._table[0]
 
     def to_dense(self) -> nn.Module:
@@ -142,20 +184,19 @@ class TiedLayer(nn.Module):
 
     def entry(self) -> dict[str, Any]:
         """What a checkpoint has to know to build this layer's skeleton."""
-        table = self.table
-        return {"kind": self.kind, "form": table.form, "rank": table.rank, "table": self.table_name}
+        return {**self.table.entry(), "kind": self.kind, "table": self.table_name}
 
     def extra_repr(self) -> str:
-        return f"tied to {self.table_name}, rank={self.table.rank}"
+        return f"tied to {self.table_name}"
 
 
 class TiedHead(TiedLayer):
-    """hidden ↦ hidden · Eᵀ (+ bias) with the very factors of E: rank · (entries + width) multiply-adds."""
+    """hidden ↦ hidden · Eᵀ (+ bias) with the very tensors of E; rank · (entries + width) multiply-adds for factors."""
 
     kind = "tied-head"
     bias: nn.Parameter | None
 
-    def __init__(self, table: StructuredEmbedding, table_name: str, bias: nn.Parameter | None) -> None:
+    def __init__(self, table: Table, table_name: str, bias: nn.Parameter | None) -> None:
         super().__init__(table, table_name)
         self.in_features = table.embedding_dim
         self.out_features = table.num_embeddings
@@ -163,8 +204,8 @@ class TiedHead(TiedLayer):
 
     @property
     def own_macs(self) -> int:
-        """Multiply-adds per token: every entry of the table's factors, which this head multiplies by."""
-        return sum(p.numel() for p in self.table.parameters() if p.ndim == 2)
+        """Multiply-adds per token with the table, which is another module's."""
+        return self.table.score_macs
 
     def forward(self, hidden: Tensor) -> Tensor:
         out = self.table.scores(hidden)
@@ -185,7 +226,7 @@ class TiedEmbedding(TiedLayer):
 
     kind = "tied-embedding"
 
-    def __init__(self, table: StructuredEmbedding, table_name: str) -> None:
+    def __init__(self, table: Table, table_name: str) -> None:
         super().__init__(table, table_name)
         self.num_embeddings = table.num_embeddings
         self.embedding_dim = table.embedding_dim

@@ -23,18 +23,13 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-class StructuredLinear(nn.Module):
-    """What both layers share: y = W x + bias for x (…, in), with W (out × in) stored in few numbers."""
+class ReplacedLinear(nn.Module):
+    """What every layer in the place of an nn.Linear or Conv1D knows: its sizes, and the class that was there."""
 
-    a: nn.Linear
-    b: nn.Linear
-    form: FormKind
-
-    def __init__(self, in_features: int, out_features: int, rank: int, original: type[nn.Module]) -> None:
+    def __init__(self, in_features: int, out_features: int, original: type[nn.Module]) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.rank = rank
         self.original = original
         """The class of the layer that this one replaces, which ``to_dense`` builds again."""
 
@@ -52,6 +47,34 @@ class StructuredLinear(nn.Module):
     def transposed(self) -> bool:
         """Whether the original keeps its weight (in × out), as Conv1D does."""
         return self.original.__name__ == "Conv1D"
+
+    def plain(self, weight: Tensor, bias: Tensor | None, learns: bool) -> nn.Module:
+        """A layer of the original's class that computes W x + bias, for W (out × in)."""
+        weight = weight.detach()
+        with torch.device(weight.device):
+            if self.transposed:
+                layer = self.original(self.out_features, self.in_features)
+                weight = weight.T
+            else:
+                layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=learns)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=learns)
+        elif layer.bias is not None:
+            layer.bias = nn.Parameter(weight.new_zeros(self.out_features))
+        return layer.train(self.training)
+
+
+class StructuredLinear(ReplacedLinear):
+    """What both layers share: y = W x + bias for x (…, in), with W (out × in) stored in few numbers."""
+
+    a: nn.Linear
+    b: nn.Linear
+    form: FormKind
+
+    def __init__(self, in_features: int, out_features: int, rank: int, original: type[nn.Module]) -> None:
+        super().__init__(in_features, out_features, original)
+        self.rank = rank
 
     def dense(self) -> Tensor:
         """W (out × in), computed: out · in · rank multiply-adds."""
@@ -71,19 +94,7 @@ class StructuredLinear(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The layer with the same outputs (to rounding) in the class that it replaced."""
-        weight, bias = self.dense().detach(), self.bias
-        with torch.device(weight.device):
-            if self.transposed:
-                layer = self.original(self.out_features, self.in_features)
-                weight = weight.T
-            else:
-                layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
-        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=self.b.weight.requires_grad)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=self.b.weight.requires_grad)
-        elif layer.bias is not None:
-            layer.bias = nn.Parameter(weight.new_zeros(self.out_features))
-        return layer.train(self.training)
+        return self.plain(self.dense(), self.bias, self.b.weight.requires_grad)
 
     def entry(self) -> dict[str, Any]:
         """What a checkpoint has to know to build this layer's skeleton."""

@@ -3,16 +3,20 @@
 from eckart.linalg.matricize import fold, matricize
 from eckart.linalg.pivot import pivot_rows
 from eckart.linalg.roots import symmetric_root
+from eckart.linalg.rounding import Rounded, on_grid, round_groups
 from eckart.linalg.shrink import shrink_to_diagonal
 from eckart.linalg.svd import SVD, truncated_svd
 from eckart.linalg.weighted import WeightedFactors, weighted_factors
 
 __all__ = [
     "SVD",
+    "Rounded",
     "WeightedFactors",
     "fold",
     "matricize",
+    "on_grid",
     "pivot_rows",
+    "round_groups",
     "shrink_to_diagonal",
     "symmetric_root",
     "truncated_svd",

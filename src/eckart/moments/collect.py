@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from eckart.arch import fingerprint as fingerprint_of
 from eckart.arch import site_module
-from eckart.errors import EckartWarning, InputError, NotFiniteError
+from eckart.errors import InputError, NotFiniteError
+from eckart.moments.distributed import processes
 from eckart.moments.experts import watch_experts
 from eckart.moments.losses import Batch, LossFn
 from eckart.moments.observe import Gradients, Observer
-from eckart.moments.store import Moments, warn_scarce
+from eckart.moments.store import Moments, warn_about
 from eckart.moments.tokens import BatchTokens
 from eckart.records import Progress, Site, silent
 
@@ -31,6 +31,7 @@ def collect(
     gradients: Gradients = "full",
     probes: int = 1,
     seed: int = 0,
+    share: tuple[int, int] = (0, 1),
     fingerprint: str | None = None,
     fisher: bool = True,
     meta: Mapping[str, Any] | None = None,
@@ -45,7 +46,8 @@ def collect(
         loss: see :data:`eckart.moments.LossFn`; needed unless ``gradients`` is "none".
         gradients: "full" for E[g gᵀ], "scale" for E‖g‖² alone, "none" for no backward pass.
         probes: how often the loss draws targets or vectors per batch, at least 1; their moments are averaged.
-        seed: of those draws. Give every process its own.
+        seed: of those draws, which each batch makes anew, so that they do not depend on ``share``.
+        share: (i, n) for batches i, i + n, …: the n shares together have the moments of all batches.
         fingerprint: of the model, where it is known already.
         fisher: with "full", also the row and column sums of the Fisher information. Keeps the inputs of one
             batch for the backward pass.
@@ -57,22 +59,26 @@ def collect(
 
     Raises NotFiniteError that names the first site with NaN or Inf, InputError for data that do not fit the model.
     """
-    _check_arguments(batches, sites, loss, gradients, probes)
+    _check_arguments(batches, sites, loss, gradients, probes, share[1])
+    index, shares = share
     observer = Observer(gradients, fisher and gradients == "full")
-    generator = torch.Generator().manual_seed(seed)
-    first, tokens, units = 0, 0, 0.0
-    with torch.inference_mode(False), _prepared(model), _watched(model, sites, observer):
+    first, seen, tokens, units = 0, 0, 0, 0.0
+    with torch.inference_mode(False), evaluating(model), watched(model, sites, observer):
         for done, given in enumerate(batches):
             progress("calibrate", done, len(batches))
+            rows = BatchTokens.of(given, first)
+            first += rows.rows
+            if done % shares != index:
+                continue
             batch = _moved(given, model)
-            rows = BatchTokens.of(batch, first)
+            generator = draws(seed, done)
             observer.begin(rows)
             with torch.set_grad_enabled(gradients != "none"):
                 outputs = model(**batch) if isinstance(batch, Mapping) else model(batch)
                 if loss is not None:
                     units += _backward(observer, loss, outputs, batch, generator, probes)
             observer.end()
-            first, tokens = first + rows.rows, tokens + rows.tokens
+            seen, tokens = seen + rows.rows, tokens + rows.tokens
             del outputs
     progress("calibrate", len(batches), len(batches))
     for sums in observer.inputs.values():
@@ -86,7 +92,7 @@ def collect(
         observer.gradient_sums,
         {name: observer.input_of[name] for name in order},
         tokens,
-        units if gradients != "none" else float(first),
+        units if gradients != "none" else float(seen),
         {
             **(meta or {}),
             "gradients": gradients,
@@ -94,19 +100,31 @@ def collect(
             "probes": probes if gradients != "none" else 0,
             "fisher": observer.fisher,
             "seed": seed,
-            "batches": len(batches),
+            "batches": len(range(index, len(batches), shares)),
             "torch": torch.__version__,
             "unreached": [site.name for site in sites if site.name not in observer.input_of],
             "unmasked": sorted(observer.unmasked),
             "pooled": {site.name: True for site in sites if site.kind == "experts"},
         },
     )
-    _warn(moments)
+    if processes() == 1:
+        warn_about(moments)
     return moments
 
 
+def draws(seed: int, batch: int) -> torch.Generator:
+    """The generator of one batch's draws. Seeds are hashed, so that neighbouring ones have nothing in common."""
+    mixed = sha256(f"{seed} {batch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed[:4]))
+
+
 def _check_arguments(
-    batches: Sequence[Batch], sites: Sequence[Site], loss: LossFn | None, gradients: Gradients, probes: int
+    batches: Sequence[Batch],
+    sites: Sequence[Site],
+    loss: LossFn | None,
+    gradients: Gradients,
+    probes: int,
+    shares: int,
 ) -> None:
     if gradients not in ("full", "scale", "none"):
         raise InputError(f"gradients is 'full', 'scale' or 'none'; got {gradients!r}.")
@@ -119,6 +137,11 @@ def _check_arguments(
         raise InputError(
             f"collect needs batches, sites and at least one probe; got {len(batches)} batches, {len(sites)} sites, "
             f"{probes} probes."
+        )
+    if len(batches) < shares:
+        raise InputError(
+            f"{shares} processes cannot share {len(batches)} batches: each needs one. Start fewer processes, take "
+            "more samples, or a smaller batch size."
         )
 
 
@@ -157,23 +180,8 @@ def _moved(batch: Batch, model: nn.Module) -> Batch:
     return {name: value.to(first.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def _warn(moments: Moments) -> None:
-    def warn(text: str) -> None:
-        warnings.warn(text, EckartWarning, stacklevel=4)
-
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        warn_scarce(moments)
-    if unreached := moments.meta["unreached"]:
-        warn(f"no token reached {len(unreached)} sites, as {unreached[0]}; they have no moments.")
-    if unmasked := moments.meta["unmasked"]:
-        warn(
-            f"the padding mask does not fit the input of {len(unmasked)} sites, as {unmasked[0]}; "
-            "their moments count every row."
-        )
-
-
 @contextmanager
-def _prepared(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no weight gradients; everything is put back."""
     modes = [(module, module.training) for module in model.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -190,7 +198,9 @@ def _prepared(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(model: nn.Module, sites: Sequence[Site], observer: Observer) -> Iterator[None]:
+def watched(model: nn.Module, sites: Sequence[Site], observer: Observer) -> Iterator[None]:
+    """Hooks on the modules of the sites that tell ``observer`` what passes."""
+
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = kwargs.get("encoder_hidden_states")
         observer.encoder_states = states if isinstance(states, Tensor) else None

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eckart.errors import FileError
+from eckart.moments.packed import packed, unpack_into
 
 FORMAT_VERSION = 1
 _KEY = "eckart"
@@ -30,7 +31,7 @@ def write_file(
     tensors = {}
     for name, value in sums.items():
         stored = value if name.endswith("/count") else value.to(dtype)
-        tensors[name] = _packed(stored) if name.endswith("/second") else stored.contiguous()
+        tensors[name] = packed(stored) if name.endswith("/second") else stored.contiguous()
     header = json.dumps({"format_version": FORMAT_VERSION, **structure})
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -104,16 +105,6 @@ def _plausible(name: str, shape: Any) -> bool:
     return shape[0] == 2 and (dimensions != 4 or shape[2] == shape[3])
 
 
-def _packed(stack: Tensor) -> Tensor:
-    """(…, d, d) → (…, d (d + 1) / 2): row i of the lower triangle has i + 1 numbers."""
-    d = stack.shape[-1]
-    packed = stack.new_empty(*stack.shape[:-2], d * (d + 1) // 2)
-    for i in range(d):
-        start = i * (i + 1) // 2
-        packed[..., start : start + i + 1] = stack[..., i, : i + 1]
-    return packed
-
-
 def _unpacked(stored: Tensor, name: str, shape: list[int], source: Path) -> Tensor:
     d = shape[-1]
     square = name.endswith("/second")
@@ -127,8 +118,5 @@ def _unpacked(stored: Tensor, name: str, shape: list[int], source: Path) -> Tens
     if not square:
         return stored.to(torch.float64)
     stack = torch.empty(shape, dtype=torch.float64)
-    for i in range(d):
-        row = stored[..., i * (i + 1) // 2 : (i + 1) * (i + 2) // 2]
-        stack[..., i, : i + 1] = row
-        stack[..., : i + 1, i] = row
+    unpack_into(stack, stored)
     return stack

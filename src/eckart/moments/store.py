@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from eckart.errors import EckartWarning, InputError, MismatchError, unknown
 from eckart.moments.accumulators import GradientSums, InputSums
-from eckart.moments.distributed import add_up, cpu_group, gather, processes
+from eckart.moments.distributed import add_up, add_up_symmetric, answers, cpu_group, gather, processes
 from eckart.moments.files import read_file, write_file
 from eckart.moments.site import SiteMoments
 
@@ -137,23 +139,35 @@ class Moments:
         """Add up, in place, the moments of all processes of the default ``torch.distributed`` group.
 
         Alone, nothing happens. Raises MismatchError, in every process, where model, sites or kinds of gradients
-        differ.
+        differ, and EckartError where another process ended.
         """
         if processes() == 1:
             return
-        group = cpu_group()
-        parts = gather(self._structure(), group)
-        input_of, shapes = _union(parts)
-        sums = self._sums()
-        names = sorted(shapes)
-        for name in names:
-            sums.setdefault(name, torch.zeros(shapes[name], dtype=_dtype(name)))
-        add_up([sums[name] for name in names], group)
+        with answers("add up the moments"):
+            group = cpu_group()
+            parts = gather(self._structure(), group)
+            input_of, shapes = _union(parts)
+            sums = self._sums()
+            for name in sorted(shapes):
+                value = sums.setdefault(name, torch.zeros(shapes[name], dtype=_dtype(name)))
+                if name.endswith("/second"):
+                    add_up_symmetric(value, group)
+                else:
+                    add_up([value], group)
         meta = _merged_meta([part["meta"] for part in parts], input_of)
         whole = _from_sums(sums, self.fingerprint, input_of, meta)
         self.inputs, self.gradients, self.input_of = whole.inputs, whole.gradients, whole.input_of
         self.tokens, self.units, self.meta, self._pooled = whole.tokens, whole.units, whole.meta, None
-        warn_scarce(self)
+        warn_about(self)
+
+    def digest(self) -> str:
+        """A sha256 over all sums and what they belong to, in hex: equal moments have equal digests."""
+        structure = self._structure()
+        text = json.dumps({name: structure[name] for name in ("fingerprint", "input_of", "shapes")}, sort_keys=True)
+        found = sha256(f"{text} {self.tokens} {self.units}".encode())
+        for _, value in sorted(self._sums().items()):
+            found.update(value.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def _sums(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -193,8 +207,8 @@ class Moments:
         return _from_sums(sums, structure["fingerprint"], structure["input_of"], structure["meta"])
 
 
-def warn_scarce(moments: Moments) -> None:
-    """One EckartWarning for all inputs that were seen on fewer tokens than they have features."""
+def warn_about(moments: Moments) -> None:
+    """EckartWarnings for inputs seen on fewer tokens than they have features, sites without tokens or mask."""
     few = [
         (key, int(sums.count.sum(0).min()), sums.total.shape[-1])
         for key, sums in moments.inputs.items()
@@ -202,12 +216,21 @@ def warn_scarce(moments: Moments) -> None:
     ]
     if few:
         key, count, width = min(few, key=lambda found: found[1] / found[2])
-        warnings.warn(
+        _warn(
             f"{len(few)} inputs were seen on fewer tokens than they have features (as {key}: {count} of {width}). "
-            "Their moments are singular and fit this data too well; calibrate on more.",
-            EckartWarning,
-            stacklevel=4,
+            "Their moments are singular and fit this data too well; calibrate on more."
         )
+    if unreached := moments.meta.get("unreached"):
+        _warn(f"no token reached {len(unreached)} sites, as {unreached[0]}; they have no moments.")
+    if unmasked := moments.meta.get("unmasked"):
+        _warn(
+            f"the padding mask does not fit the input of {len(unmasked)} sites, as {unmasked[0]}; "
+            "their moments count every row."
+        )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, EckartWarning, stacklevel=4)
 
 
 def _from_sums(

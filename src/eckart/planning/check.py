@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from eckart.compression import METHODS, get_method, options_for
 from eckart.errors import InputError, problems, unknown
-from eckart.layers import supported_forms
+from eckart.layers import PACKED_BITS, supported_forms
+from eckart.modules import MODULES
 from eckart.planning.curve import FORMS
 from eckart.planning.plan import Plan, Step
-from eckart.records import Site
+from eckart.records import Site, Unit
 
 
-def check(plan: Plan, sites: Sequence[Site]) -> None:
+def check(plan: Plan, sites: Sequence[Site], units: Sequence[Unit] = ()) -> None:
     """Raise InputError with everything that is wrong with a plan, before any work.
 
     Checked are sites that do not exist or come twice, forms that are unknown or do not fit the kind of site,
-    ranks below 1 or above the full rank, methods that are unknown or do not take the site, and options.
+    ranks below 1 or above the full rank, methods that are unknown or do not take the site, options, bits, and
+    maps that have a step of their own and one of a unit.
     Sites without a step are no problem: they stay dense.
     """
     by_name = {site.name: site for site in sites}
+    by_unit = {unit.name: unit for unit in units}
     found: list[str] = []
     seen: set[str] = set()
+    changed = {step.site for step in plan.steps if step.form != "dense" or step.bits}
     for step in plan.steps:
+        found += [f"{step.site}: {why}" for why in _storage(step)]
+        if step.form == "narrow":
+            found += _narrow(step, by_unit, changed)
+            continue
         if step.site in seen:
             found.append(f"site {step.site!r} has more than one step")
         seen.add(step.site)
@@ -54,4 +62,40 @@ def _misfits(step: Step, site: Site) -> list[str]:
         options_for(method, step.options)
     except InputError as error:
         found.append(str(error))
+    return found
+
+
+def _storage(step: Step) -> list[str]:
+    """What is wrong with how the numbers of a step are stored."""
+    if not step.bits:
+        return ["group and repair need bits"] if step.group or step.repair else []
+    found = []
+    if step.bits not in PACKED_BITS:
+        found.append(f"bits is one of {', '.join(map(str, PACKED_BITS))}, or 0 for as stored; got {step.bits}")
+    if step.group < 1:
+        found.append(f"with bits, group counts the columns that share a scale, at least 1; got {step.group}")
+    if step.repair < 0 or (step.repair and step.form != "dense"):
+        found.append(f"repair is the rank of a correction beside a dense weight; got {step.repair} with {step.form}")
+    return found
+
+
+def _narrow(step: Step, units: Mapping[str, Unit], changed: set[str]) -> list[str]:
+    """What is wrong with a step that makes a unit narrower."""
+    if step.site not in units:
+        return [unknown("unit", step.site, units) if units else f"{step.site}: this model has no units of maps"]
+    unit = units[step.site]
+    found = []
+    if not 1 <= step.rank <= unit.full_rank or step.rank % unit.step:
+        multiple = f" and a multiple of {unit.step}" if unit.step > 1 else ""
+        found.append(f"{step.site}: width {step.rank} is not from 1 to {unit.full_rank}{multiple}")
+    twice = [name for name in unit.sites if name in changed]
+    if twice:
+        found.append(f"{step.site}: {', '.join(twice)} would change twice; keep the step of the unit or of the maps")
+    if step.method not in MODULES:
+        found.append(f"{step.site}: " + unknown("method", step.method, MODULES))
+    else:
+        try:
+            options_for(MODULES[step.method], step.options)
+        except InputError as error:
+            found.append(f"{step.site}: {error}")
     return found

@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from eckart.arch import site_size
 from eckart.errors import InputError, NotFiniteError, unknown
-from eckart.records import FormKind, Site, Size
+from eckart.records import FormKind, Site, Size, Unit
 
-FORMS: tuple[FormKind, ...] = ("dense", "lowrank", "pivoted")
+FORMS: tuple[FormKind, ...] = ("dense", "lowrank", "pivoted", "narrow")
 INDEX_BYTES = 4
-"""Layers store the row order of the pivoted form as int32."""
+"""Layers store the row order of the pivoted form, and the positions of the narrow one, as int32."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Choice:
     """Of the weight with its indices, over all slices, biases left out."""
     loss: float
     """The method's objective times its loss scale: predicted rise of the loss, for methods in that unit."""
+    bits: int = 0
+    """Bits per number; 0: as the model stores them."""
+    repair: int = 0
+    """Rank of the correction beside a quantised weight."""
 
 
 class Choices(Sequence[Choice]):
@@ -42,6 +46,8 @@ class Choices(Sequence[Choice]):
         bytes: NDArray[np.int64],
         macs: NDArray[np.int64],
         loss: NDArray[np.float64],
+        bits: NDArray[np.int64] | None = None,
+        repair: NDArray[np.int64] | None = None,
         *,
         whole: Size,
     ) -> None:
@@ -54,6 +60,8 @@ class Choices(Sequence[Choice]):
         self.bytes = bytes
         self.macs = macs
         self.loss = loss
+        self.bits = np.zeros_like(rank) if bits is None else bits
+        self.repair = np.zeros_like(rank) if repair is None else repair
 
     @classmethod
     def of(cls, choices: Iterable[Choice], *, whole: Size) -> Choices:
@@ -66,6 +74,8 @@ class Choices(Sequence[Choice]):
             np.array([c.size.bytes for c in rows], np.int64),
             np.array([c.size.macs for c in rows], np.int64),
             np.array([c.loss for c in rows], np.float64),
+            np.array([c.bits for c in rows], np.int64),
+            np.array([c.repair for c in rows], np.int64),
             whole=whole,
         )
 
@@ -79,20 +89,32 @@ class Choices(Sequence[Choice]):
     def __getitem__(self, index: int | slice) -> Choice | Choices:
         if isinstance(index, slice):
             return Choices(*(column[index] for column in self.columns()), whole=self.whole)
-        form, rank, parameters, bytes_, macs, loss = (column[index].item() for column in self.columns())
-        size = Size(parameters=parameters, bytes=bytes_, macs=macs)
-        return Choice(form=FORMS[form], rank=rank, size=size, loss=loss)
+        row = [column[index].item() for column in self.columns()]
+        size = Size(parameters=row[2], bytes=row[3], macs=row[4])
+        return Choice(form=FORMS[row[0]], rank=row[1], size=size, loss=row[5], bits=row[6], repair=row[7])
 
     def columns(self) -> tuple[NDArray[Any], ...]:
         """In the order of the constructor."""
-        return self.form, self.rank, self.parameters, self.bytes, self.macs, self.loss
+        return self.form, self.rank, self.parameters, self.bytes, self.macs, self.loss, self.bits, self.repair
+
+    def scaled(self, factor: float) -> Choices:
+        """The same choices, with losses times ``factor``."""
+        columns = list(self.columns())
+        columns[5] = columns[5] * factor
+        return Choices(*columns, whole=self.whole)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Choices]) -> Choices:
+        """Choices of one site from several lists."""
+        columns = (np.concatenate(column) for column in zip(*(part.columns() for part in parts), strict=True))
+        return cls(*columns, whole=parts[0].whole)
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """The choices of one site."""
+    """The choices of one site, or of one unit of maps that become narrower together."""
 
-    site: Site
+    site: Site | Unit
     choices: Choices
 
     def __post_init__(self) -> None:
@@ -142,6 +164,8 @@ def choices_for(
     whole = site_size(site, bytes_per_number)
     parts: list[Choices] = []
     for form in dict.fromkeys(forms):
+        if form == "narrow":  # a unit's, not a site's
+            continue
         if form == "dense":
             parts.append(Choices.of([Choice("dense", site.full_rank, whole, 0.0)], whole=whole))
         elif len(ranks):
@@ -152,8 +176,62 @@ def choices_for(
             f"{site.name}: no rank from {min_rank} to {site.full_rank} is a multiple of {rank_multiple}, and "
             f"dense is not among its forms {list(forms)}. Allow dense, or exclude the site."
         )
-    columns = (np.concatenate(column) for column in zip(*(part.columns() for part in parts), strict=True))
-    return Choices(*columns, whole=whole)
+    return Choices.joined(parts)
+
+
+def unit_choices(
+    unit: Unit,
+    errors: ArrayLike,
+    *,
+    multiple: int = 1,
+    min_width: int = 1,
+    bytes_per_number: int = 4,
+    index_bytes: int = INDEX_BYTES,
+) -> Choices:
+    """The widths that a unit may have, its full one included: as dense maps with fewer rows or columns.
+
+    ``errors`` (full_rank + 1,) is the predicted rise of the loss at width 0 … full. Widths are multiples of
+    ``multiple`` and of the unit's own step. Raises InputError for errors of another length.
+    """
+    objective = np.asarray(errors, np.float64)
+    if objective.shape != (unit.full_rank + 1,):
+        raise InputError(f"{unit.name}: expected errors at width 0 … {unit.full_rank}; got shape {objective.shape}.")
+    step = int(np.lcm(multiple, unit.step))
+    first = max(-(-min_width // step) * step, step)
+    widths = np.arange(first, unit.full_rank, step, dtype=np.int64)
+    whole = unit.width_parameters * unit.full_rank
+    size = Size(parameters=whole, bytes=whole * bytes_per_number, macs=whole)
+    numbers = widths * unit.width_parameters
+    narrow = Choices(
+        np.full_like(widths, FORMS.index("narrow")),
+        widths,
+        numbers,
+        numbers * bytes_per_number + widths * unit.width_indices * index_bytes,
+        numbers,
+        objective[widths],
+        whole=size,
+    )
+    dense = Choices.of([Choice("dense", unit.full_rank, size, 0.0)], whole=size)
+    return Choices.joined([narrow, dense])
+
+
+def with_bits(
+    choices: Choices, bits: int, noise: NDArray[np.float64], bytes: NDArray[np.int64], repair: int = 0, numbers: int = 0
+) -> Choices:
+    """``choices`` with their numbers stored in ``bits`` bits: ``bytes`` in all, and ``noise`` more loss.
+
+    ``repair`` is the rank of a correction beside each of them, which adds ``numbers`` parameters.
+    """
+    form, rank, parameters, _, macs, loss, _, _ = choices.columns()
+    full = np.full_like(rank, bits), np.full_like(rank, repair)
+    return Choices(form, rank, parameters + numbers, bytes, macs + numbers, loss + noise, *full, whole=choices.whole)
+
+
+def quantised_bytes(rows: ArrayLike, columns: ArrayLike, bits: int, group: int, bytes_per_number: int) -> Any:
+    """Bytes of matrices of these shapes on an integer grid: packed codes, and a scale and a zero per group."""
+    m, n = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
+    groups = -(-n // group)
+    return m * (-(-n * bits // 8) + groups * bytes_per_number + -(-groups * bits // 8))
 
 
 def _thin(

@@ -16,21 +16,29 @@ from eckart.planning.solver import Allocation
 from eckart.records import BUDGET_WORDS, Budget, FormKind, Size
 
 FORMAT_VERSION = 1
+_STORAGE = ("bits", "group", "repair")
+"""How a step stores its numbers; left out where they stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What happens to one site."""
+    """What happens to one site, or to a unit of sites that become narrower together."""
 
     site: str
-    """Dotted name."""
+    """Dotted name; of a unit with its kind, ``model.layers.0.mlp#neurons``."""
     form: FormKind
     rank: int = 0
-    """Directions kept in every slice; of no meaning where the form is dense."""
+    """Directions kept in every slice, or the width of a unit; of no meaning where the form is dense."""
     method: str
     """Name of the method that chooses the factors."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Its options where they differ from its defaults, or all of them."""
+    bits: int = 0
+    """Bits per number of the result; 0: as the model stores them."""
+    group: int = 0
+    """Columns that share a scale, where there are bits."""
+    repair: int = 0
+    """Rank of a correction beside quantised numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +98,7 @@ class Plan:
 
     def _step_json(self, step: Step) -> dict[str, Any]:
         row: dict[str, Any] = {"site": step.site, "form": step.form, "rank": step.rank}
+        row |= {name: value for name in _STORAGE if (value := getattr(step, name))}
         if step.method != self.method:
             row["method"] = step.method
         if dict(step.options) != (dict(self.options) if step.method == self.method else {}):
@@ -215,6 +224,7 @@ class _Reader:
             rank=self.value(row, "rank", int, where, 0),
             method=own_method,
             options=self.value(row, "options", dict, where, inherited),
+            **{name: self.value(row, name, int, where, 0) for name in _STORAGE},
         )
 
     def budget(self, data: Any) -> Budget | None:

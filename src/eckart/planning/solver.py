@@ -12,6 +12,7 @@ import numpy as np
 from eckart.errors import BudgetError, InputError, unknown
 from eckart.planning.curve import Choice, Choices, Curve
 from eckart.planning.frontier import Floats, Frontier, frontier, spend
+from eckart.planning.groups import Group, combine
 from eckart.planning.shares import at_shares, edge, in_turn, ladder, typewise_weights
 from eckart.records import Budget, Size
 
@@ -19,7 +20,9 @@ Allocation = Literal["global", "uniform", "typewise"]
 """How a budget is spread: by loss over all sites, the same share everywhere, or by loss within like sites."""
 
 
-def solve(curves: Sequence[Curve], budget: Budget, rest: Size, allocation: Allocation = "global") -> list[Choice]:
+def solve(
+    curves: Sequence[Curve], budget: Budget, rest: Size, allocation: Allocation = "global", *, remainder: bool = True
+) -> list[Choice]:
     """One choice per curve, in order, that meets the budget from below.
 
     ``rest`` is what the model costs besides the sites; budgets over the whole model count it.
@@ -27,7 +30,8 @@ def solve(curves: Sequence[Curve], budget: Budget, rest: Size, allocation: Alloc
     - ``global``: least Σ loss. Losses of different sites must be in one unit. What is left of the budget is
       less than any single site's next step.
     - ``uniform``: the largest common share of every site's dense cost, in the form that gives the
-      highest rank at that share; the remainder goes to single rank steps, in turn.
+      highest rank at that share; the remainder goes to single rank steps, in turn, unless ``remainder`` is
+      false: then like sites get like ranks.
     - ``typewise``: shares that differ between sites of equal role (:mod:`eckart.planning.shares`).
 
     A ceiling on the loss gives the fewest parameters under it (for the last two, the smallest share).
@@ -54,7 +58,53 @@ def solve(curves: Sequence[Curve], budget: Budget, rest: Size, allocation: Alloc
         ladder(cost, curve.choices.rank.astype(np.float64), loss)
         for cost, curve, loss in zip(costs, curves, losses, strict=True)
     ]
-    return _chosen(curves, ladders, _by_shares(curves, ladders, price, limit, budget, allocation))
+    return _chosen(curves, ladders, _by_shares(curves, ladders, price, limit, budget, allocation, remainder))
+
+
+def solve_groups(groups: Sequence[Group], budget: Budget, rest: Size) -> list[tuple[Curve, Choice]]:
+    """The ``global`` allocation over groups: the alternatives that were taken, each curve with its choice.
+
+    First over the frontiers of whole groups, which decides the alternatives; then over the curves of those
+    alternatives, so that what was left between two corners of a group is spent. Raises as :func:`solve` does.
+    """
+    if not groups:
+        raise InputError("there is nothing to plan: no sites were given.")
+    flat = [[list(curves) for curves in group.alternatives] for group in groups]
+    cheapest = [min(alternatives, key=lambda curves: _least(curves, budget)) for alternatives in flat]
+    if budget.loss is None:
+        unit, every = budget.unit, [curve for curves in cheapest for curve in curves]
+        limit = float(_limit(every, [cost_of(curve.choices, unit) for curve in every], budget, rest))
+    else:
+        unit, every = "parameters", [curve for alternatives in flat for curve in alternatives[0]]
+        best = [
+            min(alternatives, key=lambda curves: sum(c.choices.loss.min() for c in curves)) for alternatives in flat
+        ]
+        limit = _ceiling([curve.choices.loss for curves in best for curve in curves], budget.loss)
+
+    def front(curve: Curve) -> Frontier:
+        cost, loss = cost_of(curve.choices, unit), curve.choices.loss
+        return frontier(cost, loss) if budget.loss is None else frontier(loss, cost)
+
+    fronts = [[[front(curve) for curve in curves] for curves in alternatives] for alternatives in flat]
+    combined = [combine(group, own) for group, own in zip(groups, fronts, strict=True)]
+    taken = spend([one.front for one in combined], limit)
+    which = [one.which[at] for one, at in zip(combined, taken, strict=True)]
+    picks = [at for one, position in zip(combined, taken, strict=True) for at in one.picks[position]]
+    curves = [curve for alternatives, at in zip(flat, which, strict=True) for curve in alternatives[at]]
+    own = [each for alternatives, at in zip(fronts, which, strict=True) for each in alternatives[at]]
+    again = spend(own, limit)
+    if _value(own, again) < _value(own, picks):
+        picks = again
+    return list(zip(curves, _chosen(curves, own, picks), strict=True))
+
+
+def _least(curves: Sequence[Curve], budget: Budget) -> float:
+    """What an alternative costs at least."""
+    return float(sum(cost_of(curve.choices, budget.unit).min() for curve in curves))
+
+
+def _value(fronts: Sequence[Frontier], picks: Sequence[int]) -> float:
+    return math.fsum(float(front.value[at]) for front, at in zip(fronts, picks, strict=True))
 
 
 def cost_of(choices: Choices, unit: str) -> Floats:
@@ -76,6 +126,7 @@ def _by_shares(
     limit: float,
     budget: Budget,
     allocation: Allocation,
+    remainder: bool,
 ) -> list[int]:
     """Positions in the ladders at the share, or family of shares, that just meets the limit."""
     dense = np.array([float(_whole(curve, budget.unit)) for curve in curves])
@@ -98,7 +149,7 @@ def _by_shares(
     if allocation == "typewise":
         lost = [curve.choices.loss[step.index[at]] for curve, step, at in zip(curves, ladders, picks, strict=True)]
         picks = meet(typewise_weights(curves, np.array(lost)))
-    return in_turn(picks, ladders, fits, 1 if rising else -1)
+    return in_turn(picks, ladders, fits, 1 if rising else -1) if remainder else picks
 
 
 def _chosen(curves: Sequence[Curve], fronts: Sequence[Frontier], picks: Sequence[int]) -> list[Choice]:

@@ -13,7 +13,7 @@ from eckart.report import format as fmt
 from eckart.report.palette import step
 from eckart.report.verdict import METRICS, flagged, headline, kept, metric_of
 
-FORM_WORDS = {"dense": "kept dense", "lowrank": "two factors", "pivoted": "pivoted"}
+FORM_WORDS = {"dense": "kept dense", "lowrank": "two factors", "pivoted": "pivoted", "narrow": "narrower"}
 MANY_PANELS = 24
 """With more kinds of layers than this, all curves share one drawing."""
 
@@ -194,6 +194,7 @@ def glossary(evaluation: Evaluation | None) -> tuple[tuple[str, str], ...]:
 
 def _row(index: int, layer: LayerOutcome) -> Row:
     site, dense = layer.site, layer.form == "dense"
+    untouched = dense and not layer.bits
     left = kept(layer)
     slices = f" × {site.slices}" if site.slices > 1 else ""
     stack = _stack(layer)
@@ -204,16 +205,23 @@ def _row(index: int, layer: LayerOutcome) -> Row:
         name=fmt.middle(site.name),
         full_name=site.name,
         shape=f"{site.out_features}{fmt.SPACE}×{fmt.SPACE}{site.in_features}{slices}",
-        form=FORM_WORDS[layer.form],
+        form=_form(layer),
         rank="full" if dense else f"{layer.rank} / {site.full_rank}",
         kept=left,
         kept_text=fmt.share(left),
         step=step(left),
-        predicted=fmt.NONE if dense else fmt.percent(layer.predicted),
-        held_out=fmt.NONE if dense else fmt.percent(layer.held_out),
+        predicted=fmt.NONE if untouched else fmt.percent(layer.predicted),
+        held_out=fmt.NONE if untouched else fmt.percent(layer.held_out),
         flag=_flag(layer),
-        loss=fmt.NONE if dense else fmt.figure(layer.loss, 2),
+        loss=fmt.NONE if untouched else fmt.figure(layer.loss, 2),
     )
+
+
+def _form(layer: LayerOutcome) -> str:
+    """The form in words, with the bits of its numbers."""
+    words = FORM_WORDS["dense"].removeprefix("kept ") if layer.form == "dense" and layer.bits else FORM_WORDS[layer.form]
+    bits = f", {layer.bits} bits" if layer.bits else ""
+    return f"{words}{bits}" + (f" + rank {layer.repair}" if layer.repair else "")
 
 
 def _flag(layer: LayerOutcome) -> str:
@@ -237,7 +245,7 @@ def _panel(title: str, lines: Sequence[charts.Line]) -> Panel:
 
 
 def _chosen(row: Row) -> tuple[float, float] | None:
-    if row.layer.form == "dense":
+    if row.layer.form in ("dense", "narrow"):
         return None
     return row.layer.rank / max(1, row.layer.site.full_rank), row.layer.predicted
 

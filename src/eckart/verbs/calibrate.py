@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
-
-import torch.distributed
 
 from eckart.arch import check_finite, find_sites, fingerprint
 from eckart.errors import InputError
 from eckart.hf.models import LoadedModel
 from eckart.hf.tasks import loss_for
 from eckart.moments import Moments, collect
+from eckart.moments.distributed import join
 from eckart.records import Progress, Site, silent
 from eckart.verbs.models import DataLike, ModelLike, as_batches, as_loaded
 
@@ -113,29 +111,19 @@ def calibrate_sites(
         batch_size=batch_size,
         seed=seed,
     )
-    rank, world = _join_processes()
+    share = join()
     moments = collect(
         loaded.model,
-        batches[rank::world],
+        batches,
         sites,
         loss=None if gradients == "none" else loss_for(loaded),
         gradients=gradients,
         probes=probes or DEFAULT_PROBES[loaded.task],
-        seed=seed + rank,
+        seed=seed,
+        share=share,
         fingerprint=fingerprint(loaded.model),
         progress=progress,
         meta={"model": loaded.name, **known},
     )
-    if world > 1:
-        moments.all_reduce()
+    moments.all_reduce()
     return moments
-
-
-def _join_processes() -> tuple[int, int]:
-    """This process's rank and how many there are, joining the group that ``torchrun`` announces."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eckart.apply import apply_plan, curves_of
-from eckart.apply.decide import decide, equal_shares
+from eckart.apply.crew import crew_of
+from eckart.apply.decide import check_budget, decide
+from eckart.apply.queue import Queue
 from eckart.arch import check_finite, find_sites, fingerprint
-from eckart.compression import get_method, options_for
+from eckart.compression import options_for
 from eckart.errors import InputError
+from eckart.hf.distance import distance_from_now
 from eckart.hf.models import LoadedModel
 from eckart.moments import Moments
+from eckart.moments.distributed import join
 from eckart.planning import Allocation, Plan
 from eckart.records import Budget, FormKind, Outcome, Progress, Site, silent
 from eckart.verbs.calibrate import Gradients, calibrate_sites
-from eckart.verbs.models import DataLike, ModelLike, as_loaded
-from eckart.verbs.plan import DEFAULT_METHOD, FORMS, as_moments, budget_from
+from eckart.verbs.models import DataLike, ModelLike, as_batches, as_loaded
+from eckart.verbs.plan import DEFAULT_METHOD, FORMS, any_method, as_moments, bits_from, budget_from, rounds_from
+
+PROBE_SAMPLES = {"embedding": 64, "causal-lm": 16, "masked-lm": 16, "logits": 16}
+"""Rows of the calibration data that every probe runs on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +45,8 @@ class Compressed:
     """Relative error of every planned site at rank 0, 1, …, where they were computed."""
     calibration: Mapping[str, Any]
     """What the moments were collected on; empty where there were none."""
+    queue: Queue | None = None
+    """The shared folder that the work came from; :func:`eckart.save` lets one of its workers write."""
 
     @property
     def model(self) -> Any:
@@ -65,8 +75,10 @@ def compress(
     embeddings: bool = False,
     head: bool = False,
     forms: Sequence[FormKind] = FORMS,
+    bits: Sequence[int] | None = None,
     rank_multiple: int = 1,
     min_rank: int = 1,
+    probe_rounds: int | None = None,
     part: str = "calibration",
     field: str | None = None,
     samples: int | None = None,
@@ -79,6 +91,7 @@ def compress(
     device: str | None = None,
     inplace: bool = False,
     certify: bool = True,
+    queue: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Compress a model under a budget or a plan.
@@ -87,6 +100,16 @@ def compress(
     ``method`` and a budget (see :func:`eckart.plan`). A module in memory is left as it is, and a copy
     is compressed, unless ``inplace``. ``certify`` also fits every map on one half of the calibration and measures
     it on the other.
+
+    ``forms`` says what maps may become: ``lowrank`` and ``pivoted`` factors, or, under one global budget, ``narrow``
+    MLPs and attentions. ``bits`` (8, 4, 2) lets numbers be stored in so many bits; by default a budget in bytes
+    chooses among 8, 4 and as they are, other budgets leave them as they are. ``probe_rounds`` (default 2 with data
+    and a global budget, else 0) measure on some of the data what was predicted and correct the plan.
+
+    Several processes can share the work; each gets the whole result. Under ``torchrun`` they share the calibration
+    and the decompositions: call this, and :func:`eckart.save`, in every process. With ``queue``, a folder that all see,
+    workers on any machines come and go (see :class:`eckart.apply.queue.Queue`); that needs moments from a file,
+    or a method that needs none.
 
     Raises InputError with everything that is wrong before any long work, NotFiniteError, BudgetError.
     """
@@ -97,11 +120,18 @@ def compress(
         method is not None or options or keep is not None or budget is not None or allocation is not None
     ):
         raise InputError("a plan decides methods, options, ranks and allocation; leave those out beside plan=.")
+    if queue is not None and data is not None:
+        raise InputError("queue shares decompositions, not a calibration: calibrate first, and give moments.")
+    _, processes = join()
+    if processes > 1 and queue is not None:
+        raise InputError("torchrun and queue are two ways to share the work; take one of them.")
     wanted = None if plan is not None else budget_from(keep, budget)
     given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
-    chosen = get_method(method or DEFAULT_METHOD)
+    chosen = any_method(method or DEFAULT_METHOD)
     chosen_options = options_for(chosen, options or {})
     known = as_moments(moments)
+    width = bits_from(bits, wanted, chosen, allocation)
+    rounds = rounds_from(probe_rounds, data is not None, wanted, chosen, allocation)
 
     loaded = as_loaded(model, tokenizer, dtype=dtype, device=device)
     if not isinstance(model, (str, os.PathLike)) and not inplace:
@@ -113,7 +143,18 @@ def compress(
         known.check(base_print)
     sites = _sites_of(loaded, given, include, exclude, embeddings, head)
     if wanted is not None and wanted.loss is None:
-        equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
+        check_budget(
+            loaded.model,
+            sites,
+            wanted,
+            method=chosen,
+            options=chosen_options,
+            allocation=allocation,
+            forms=forms,
+            bits=width,
+            rank_multiple=rank_multiple,
+            min_rank=min_rank,
+        )
     check_finite(loaded.model, sites)
     if data is not None:
         known = calibrate_sites(
@@ -130,9 +171,26 @@ def compress(
             seed=seed,
             progress=progress,
         )
-    prepared = None
+    crew = None
+    if queue is not None:
+        about = {
+            "eckart": importlib.metadata.version("eckart"),
+            "model": base_print,
+            "dtype": str(next(loaded.model.parameters()).dtype),
+            "moments": None if known is None else known.digest(),
+            "method": chosen.name,
+            "options": dataclasses.asdict(chosen_options),
+            "sites": [site.name for site in sites],
+            "budget": str(wanted),
+            "choices": [allocation, list(forms), list(width), rank_multiple, min_rank, rounds],
+        }
+        crew = Queue(queue, about)
+    decision = None
     if given is None and wanted is not None:
-        given, prepared = decide(
+        distance = None
+        if rounds and data is not None:
+            distance = _distance(loaded, data, part, field, length, batch_size, seed)
+        decision = decide(
             loaded.model,
             sites,
             known,
@@ -141,23 +199,66 @@ def compress(
             budget=wanted,
             allocation=allocation,
             forms=forms,
+            bits=width,
             rank_multiple=rank_multiple,
             min_rank=min_rank,
             fingerprint=base_print,
             base=loaded.name,
+            distance=distance,
+            rounds=rounds,
+            crew=crew,
             progress=progress,
         )
+        given = decision.plan
     if given is None:
         raise InputError("neither a plan nor a budget was given.")
-    outcome = apply_plan(loaded.model, given, sites, known, prepared=prepared, certify=certify, progress=progress)
+    if (together := crew_of(crew)) is not None:
+        given = together.settle(given)
+    outcome = apply_plan(
+        loaded.model,
+        given,
+        sites,
+        known,
+        prepared=None if decision is None else decision.prepared,
+        units=None if decision is None else decision.units,
+        certify=certify,
+        crew=crew,
+        progress=progress,
+    )
+    if decision is not None and decision.probed is not None:
+        outcome = dataclasses.replace(outcome, predicted_loss=decision.probed)
     return Compressed(
         loaded=dataclasses.replace(loaded, path=None),
         plan=given,
         outcome=dataclasses.replace(outcome, seconds=time.perf_counter() - start),
         base_fingerprint=base_print,
-        curves=curves_of(prepared) if prepared is not None else {},
+        curves={} if decision is None else curves_of(decision.prepared),
         calibration={} if known is None else known.meta,
+        queue=crew,
     )
+
+
+def _distance(
+    loaded: LoadedModel,
+    data: DataLike,
+    part: str,
+    field: str | None,
+    length: int | None,
+    batch_size: int,
+    seed: int,
+) -> Callable[[], float]:
+    """The measure of the probes, on a few rows of the calibration data."""
+    batches, _ = as_batches(
+        loaded,
+        data,
+        part=part,
+        field=field,
+        samples=PROBE_SAMPLES[loaded.task],
+        length=length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    return distance_from_now(loaded, batches[: PROBE_SAMPLES[loaded.task]], seed=seed)
 
 
 def _sites_of(

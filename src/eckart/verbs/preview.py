@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy
 
-from eckart.apply.decide import default_allocation, element_size, equal_shares
+from eckart.apply.choices import element_size
+from eckart.apply.decide import default_allocation, equal_shares
 from eckart.arch import check_finite, find_sites, fingerprint, model_size, site_size
 from eckart.compression import get_method, options_for
 from eckart.errors import InputError, problems

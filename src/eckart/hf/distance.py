@@ -1,0 +1,70 @@
+"""How far a model's output has moved, in the unit of its predicted losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from eckart.hf.models import LoadedModel
+from eckart.hf.tasks import Batch, embed, logits
+
+NUMBERS = 1 << 25
+"""Numbers of the original's output that are kept at most, 128 MiB in float32."""
+
+
+def distance_from_now(loaded: LoadedModel, batches: Sequence[Batch], *, seed: int = 0) -> Callable[[], float]:
+    """A function that says how far the output of ``loaded.model`` is from what it is now, on these batches.
+
+    Embedding models: half the mean squared distance of normalised embeddings, which is 1 − cosine. All others:
+    KL(now ‖ then) in nats per position, on positions drawn with ``seed`` where a vocabulary is large. These are
+    the units of predicted losses. Padding counts as nothing. Cost of every call: one forward pass over the batches.
+    """
+    before = [_output(loaded, batch) for batch in batches]
+    generator = torch.Generator().manual_seed(seed)
+    if loaded.task == "embedding":
+        references: list[Tensor] = before
+        picks: list[Tensor] = []
+    else:
+        each = max(1, NUMBERS // (before[0].shape[-1] * len(before)))
+        places = [_places(loaded, batch, output) for batch, output in zip(batches, before, strict=True)]
+        picks = [found[torch.randperm(len(found), generator=generator)[:each]] for found in places]
+        references = [_log_probabilities(output, pick) for output, pick in zip(before, picks, strict=True)]
+    del before
+
+    def distance() -> float:
+        total, units = 0.0, 0
+        for i, (batch, reference) in enumerate(zip(batches, references, strict=True)):
+            output = _output(loaded, batch)
+            if loaded.task == "embedding":
+                total += 0.5 * float((output - reference).square().sum())
+            else:
+                found = _log_probabilities(output, picks[i])
+                total += float(kl_div(found, reference, log_target=True, reduction="sum"))
+            units += len(reference)
+        return total / max(units, 1)
+
+    return distance
+
+
+def _output(loaded: LoadedModel, batch: Batch) -> Tensor:
+    found = embed(loaded, batch) if loaded.task == "embedding" else logits(loaded, batch)
+    return found.detach().clone()
+
+
+def _places(loaded: LoadedModel, batch: Batch, output: Tensor) -> Tensor:
+    """Flat indices of the positions that hold a token."""
+    count = output[..., 0].numel()
+    if isinstance(batch, Tensor):
+        return torch.arange(count)
+    mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+    if mask is None or mask.numel() != count:
+        return torch.arange(count)
+    return mask.flatten().nonzero().squeeze(1).cpu()
+
+
+def _log_probabilities(output: Tensor, places: Tensor) -> Tensor:
+    """(positions, classes) float32."""
+    return output.flatten(0, -2)[places.to(output.device)].float().log_softmax(-1)

@@ -1,0 +1,148 @@
+"""``eckart compress --stream`` in processes of their own, killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+import torch  # noqa: E402
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "110"}
+WORK = ".small.stream"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A random Llama of six blocks in ``llama`` and some text beside it."""
+    root = tmp_path_factory.mktemp("stream")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(root / "llama", max_shard_size="500KB")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, **{letter: i for i, letter in enumerate(alphabet, start=1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(root / "llama")
+    (root / "texts.txt").write_text("\n".join(f"Sentence {n} says that {n * n} is a square." for n in range(300)))
+    return root
+
+
+def start(folder: Path, place: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "eckart", "compress", str(place / "llama"), "--stream"]
+    command += ["--data", str(place / "texts.txt"), "--samples", "32", "--length", "32", "--keep", ".6", "-o", "small"]
+    return subprocess.Popen(
+        [*command, *more],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell without job control lets background jobs ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def until(process: subprocess.Popen[str], file: Path) -> None:
+    """Wait until the process has written a file."""
+    end = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_sigkill_at_several_points_and_the_same_bytes(place, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    process = start(whole, place)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "saved to small" in out
+
+    for name in ("inputs-0003", "block-0004-002", "block-0001-005", "model/model-00003-of-00007"):
+        process = start(killed, place)
+        until(process, killed / WORK / f"{name}.safetensors")
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert [path.name for path in killed.iterdir() if not path.name.endswith(".lock")] == [WORK]
+    process = start(killed, place)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "went on" in err
+    assert contents(killed / "small") == contents(whole / "small")
+    assert [path.name for path in killed.iterdir()] == ["small"]
+    transformers.AutoModelForCausalLM.from_pretrained(killed / "small")
+
+
+def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_kept_out(place, tmp_path):
+    process = start(tmp_path, place)
+    until(process, tmp_path / WORK / "block-0005-000.safetensors")
+    second = start(tmp_path, place)
+    process.send_signal(signal.SIGSTOP)
+    _, err = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert "another run" in err
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command goes on from there" in err
+    assert out == ""
+
+    other = start(tmp_path, place, "--seed", "3")
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == 2
+    assert "seed: 0 then, 3 now" in err
+    assert "start over" in err
+
+    process = start(tmp_path, place, "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    payload = json.loads(out)
+    assert payload["resumed"] is True
+    assert payload["outcome"]["sites_after"]["parameters"] <= 0.6 * payload["outcome"]["sites_before"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--plan", "plan.json"), "--stream and --plan"),
+        (("--moments", "moments.safetensors", "--keep", ".6"), "--stream and --moments"),
+        (("--data", "stdlib:source", "--keep", ".6", "--dtype", "float32"), "--stream and --dtype"),
+        (("--data", "stdlib:source", "--keep", ".6", "--device", "cuda"), "--stream and --device"),
+        (("--data", "stdlib:source", "--keep", ".6", "--head", "--embeddings"), "--stream and --head"),
+        (("--data", "stdlib:source", "--keep", ".6", "--dry-run"), "--stream and --dry-run"),
+    ],
+)
+def test_what_excludes_streaming(arguments, words, run, verbs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("plan.json", "moments.safetensors"):
+        (tmp_path / name).write_text("{}")
+    ran = run("compress", "m", "--stream", "-o", "small", *arguments)
+    assert ran.code == 2
+    assert words in ran.err
+    assert verbs.calls == []
