@@ -210,7 +210,6 @@ def main() -> None:
             "block_mb": round(block / MB, 1),
             "bound_mb": round((4 * block + 300 * MB) / MB, 1),
             "peak_mb": round((max(whole.peaks.values()) - whole.base) / MB, 1),
-            "peak_resumed_mb": round((max(last.peaks.values()) - last.base) / MB, 1),
             "python_and_imports_mb": round(whole.base / MB, 1),
             "peak_first_quarter_of_blocks_mb": round(max(layers[:quarter]) / MB, 1),
             "peak_last_quarter_of_blocks_mb": round(max(layers[-quarter:]) / MB, 1),

@@ -21,8 +21,8 @@ from typing import Any
 import typer
 
 from eckart.cli.app import app
-from eckart.compression.method import CompressMethod
-from eckart.compression.table import METHODS
+from eckart.verbs.methods import MethodKind
+from eckart.verbs.methods import methods as list_methods
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- methods:begin -->", "<!-- methods:end -->"
@@ -48,11 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, fail where something is stale")
     check = parser.parse_args(arguments).check
     wanted = {
-        ROOT / "docs" / "methods.md": methods_page(tuple(METHODS.values())),
+        ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "docs" / "commands.md": commands_page(),
-        ROOT / "README.md": with_table(
-            (ROOT / "README.md").read_text(encoding="utf-8"), methods_table(tuple(METHODS.values()))
-        ),
+        ROOT / "README.md": with_table((ROOT / "README.md").read_text(encoding="utf-8"), all_tables()),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
@@ -64,12 +62,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if check and stale else 0
 
 
-def methods_table(methods: Sequence[CompressMethod]) -> str:
-    """The methods as a Markdown table, one line each."""
-    lines = [
-        "| method | what it does | needs | one budget for all layers | source |",
-        "|---|---|---|---|---|",
-    ]
+KINDS: dict[MethodKind, tuple[str, str]] = {
+    "factors": (
+        "Factors",
+        "A method takes a weight and what calibration knows about it, and gives its best form at every rank. Methods "
+        "whose errors are in units of the loss can share one budget over all layers; the others give every layer, or "
+        "every type of layer, the same share. `eckart compress --method NAME`.",
+    ),
+    "modules": (
+        "Narrower modules",
+        "MLPs lose neurons, attention loses directions of its values and coordinates of its queries and keys. "
+        "`eckart compress --method NAME`; the default mixes `modules` with ranks.",
+    ),
+    "repair": (
+        "Repair",
+        "A low-rank correction of what quantisation, pruning or compression lost. `eckart compensate --method NAME`.",
+    ),
+    "training": (
+        "While training",
+        "Engines and layers of `eckart.training`, for any PyTorch loop; the engines for ranks also for the Trainer "
+        "(`eckart.hf.trainer.RankCallback`).",
+    ),
+}
+"""Heading and introduction of each table."""
+
+
+def methods_table(kind: MethodKind, methods: Sequence[Any]) -> str:
+    """The methods of one table as Markdown, one line each."""
+    if kind == "training":
+        lines = ["| method | in `eckart.training` | what it does | source |", "|---|---|---|---|"]
+        for method in methods:
+            cells = (f"`{method.name}`", f"`{method.entry.__name__}`", method.summary, source(method, short=True))
+            lines.append(table_row(cells))
+        return "\n".join(lines)
+    lines = ["| method | what it does | needs | one budget for all layers | source |", "|---|---|---|---|---|"]
     for method in methods:
         cells = (
             f"`{method.name}`",
@@ -82,42 +108,55 @@ def methods_table(methods: Sequence[CompressMethod]) -> str:
     return "\n".join(lines)
 
 
+def all_tables() -> str:
+    """Every table under its heading."""
+    return "\n\n".join(f"**{KINDS[kind][0]}**\n\n{methods_table(kind, list_methods(kind))}" for kind in KINDS)
+
+
 def table_row(cells: Iterable[str]) -> str:
     """One line of a Markdown table."""
     return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def methods_page(methods: Sequence[CompressMethod]) -> str:
-    """docs/methods.md: the table, then for each method its claim, its options and its docstring."""
+def methods_page() -> str:
+    """docs/methods.md: the tables, then for each method its claim, its options and its docstring."""
     parts = [
         NOTICE,
         "# Methods",
-        "A method takes a weight and what calibration knows about it, and gives its best form at every "
-        "rank. Methods whose errors are in units of the loss can share one budget over all layers; the "
-        "others give every layer, or every type of layer, the same share.",
-        methods_table(methods),
-        "`eckart methods` prints this table and the options; `eckart claims` runs the claims below and "
+        "`eckart methods` prints these tables and the options; `eckart claims` runs the claims below and "
         "prints the figures of this machine.",
     ]
-    for method in methods:
-        parts += [
-            f"## {method.name}",
-            f"{method.summary[:1].upper()}{method.summary[1:]}.",
-            f"**Paper.** {source(method)}  \n**Needs.** {needs(method)}",
-            f"**Claim.** {method.claim.statement} *({method.claim.source})*",
-            f"**Options.**\n\n{options_table(method)}",
-            f"::: {method.options.__module__}\n    options:\n      members: false\n"
-            "      show_root_heading: false\n      show_root_toc_entry: false\n      heading_level: 3",
-        ]
+    for kind, (heading, words) in KINDS.items():
+        parts += [f"## {heading}", words, methods_table(kind, list_methods(kind))]
+        for method in list_methods(kind):
+            parts += method_parts(method)
     return "\n\n".join(parts) + "\n"
 
 
-def needs(method: CompressMethod) -> str:
+def method_parts(method: Any) -> list[str]:
+    """What the page says of one method."""
+    where = inspect.getmodule(method.claim.run)
+    parts = [
+        f"### {method.name}",
+        f"{method.summary[:1].upper()}{method.summary[1:]}.",
+        f"**Paper.** {source(method)}" + (f"  \n**Needs.** {needs(method)}" if hasattr(method, "needs") else ""),
+        f"**Claim.** {method.claim.statement} *({method.claim.source})*",
+    ]
+    if hasattr(method, "options"):
+        parts.append(f"**Options.**\n\n{options_table(method)}")
+    parts.append(
+        f"::: {where.__name__ if where else ''}\n    options:\n      members: false\n"
+        "      show_root_heading: false\n      show_root_toc_entry: false\n      heading_level: 4"
+    )
+    return parts
+
+
+def needs(method: Any) -> str:
     """What a method needs to know, in words."""
     return ", ".join(words for need, words in NEEDS.items() if need in method.needs) or "the weight alone"
 
 
-def source(method: CompressMethod, *, short: bool = False) -> str:
+def source(method: Any, *, short: bool = False) -> str:
     """Authors, title and year, or only surnames and year, linked where there is a link."""
     paper = method.paper
     words = f"{paper.authors}, “{paper.title}”, {paper.year}"
@@ -127,7 +166,7 @@ def source(method: CompressMethod, *, short: bool = False) -> str:
     return f"[{words}]({paper.link})" if paper.link else words
 
 
-def options_table(method: CompressMethod) -> str:
+def options_table(method: Any) -> str:
     """Options with their defaults and the docstrings under their fields."""
     meanings = field_docstrings(method.options)
     lines = ["| option | default | meaning |", "|---|---|---|"]

@@ -17,8 +17,9 @@ from test_cli_end_to_end import ENVIRONMENT, eckart, llama, texts  # noqa: F401
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SHORT = ("--samples", "30", "--length", "32", "--batch-size", "5")
-FORMS = ("--keep", "0.6", "--form", "lowrank", "--form", "pivoted", "--form", "dense")
+KEEP = ("--keep", "0.6")
 LAST_WORDS = """
+import os
 from eckart.{module} import {name}
 def die(*_, **__):
     os._exit(9)
@@ -33,19 +34,20 @@ def assert_same_result(one: Path, two: Path) -> None:
     a, b = (json.loads((folder / "eckart.json").read_text()) for folder in (one, two))
     assert a["plan"]["steps"] == b["plan"]["steps"]
     for mine, theirs in zip(a["outcome"]["layers"], b["outcome"]["layers"], strict=True):
-        assert mine["held_out"] == pytest.approx(theirs["held_out"], rel=1e-6)
+        assert (mine["held_out"] is None) == (theirs["held_out"] is None)
+        assert mine["held_out"] is None or mine["held_out"] == pytest.approx(theirs["held_out"], rel=1e-6)
     first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     assert first.keys() == second.keys()
     for name, weight in first.items():
         if weight.numel():
-            assert float((weight - second[name]).norm()) <= 1e-5 * float(weight.norm())
+            assert float((weight.double() - second[name].double()).norm()) <= 1e-5 * float(weight.double().norm())
 
 
-def test_torchrun_gives_the_result_of_one_process(llama, texts, tmp_path):  # noqa: F811
+def test_torchrun_gives_the_result_of_one_process(run, llama, texts, tmp_path):  # noqa: F811
     one, two = tmp_path / "one", tmp_path / "two"
-    ran = eckart("compress", llama, "--data", texts, *SHORT, *FORMS, "-o", one)
+    ran = run("compress", llama, "--data", texts, *SHORT, *KEEP, "-o", one)
     assert ran.code == 0, ran.err
-    ran = eckart("compress", llama, "--data", texts, *SHORT, *FORMS, "-o", two, "--json", launcher=TORCHRUN)
+    ran = eckart("compress", llama, "--data", texts, *SHORT, *KEEP, "-o", two, "--json", launcher=TORCHRUN)
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["folder"] == str(two)
     assert_same_result(one, two)
@@ -76,12 +78,12 @@ def test_a_process_that_dies_is_named_and_nothing_is_written(llama, texts, tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ("compress", llama, "--data", texts, *SHORT, *FORMS, "-o", tmp_path / "small")
+    command = ("compress", llama, "--data", texts, *SHORT, *KEEP, "-o", tmp_path / "small")
     dying = started(victim, port, LAST_WORDS.format(**where), *command)
     living = started(1 - victim, port, None, *command)
     try:
         _, err = living.communicate(timeout=60)
-        _, last = dying.communicate(timeout=30)
+        _, last = dying.communicate(timeout=60)
     finally:
         living.kill()
         dying.kill()
@@ -93,25 +95,25 @@ def test_a_process_that_dies_is_named_and_nothing_is_written(llama, texts, tmp_p
     assert not (tmp_path / "small").exists()
 
 
-def test_workers_of_a_queue_share_the_work_and_one_writes(llama, texts, tmp_path):  # noqa: F811
+def test_workers_of_a_queue_share_the_work_and_one_writes(run, llama, texts, tmp_path):  # noqa: F811
     moments, queue, small, plain = (tmp_path / name for name in ("m.safetensors", "queue", "small", "plain"))
-    ran = eckart("calibrate", llama, "--data", texts, *SHORT, "-o", moments)
+    ran = run("calibrate", llama, "--data", texts, *SHORT, "-o", moments)
     assert ran.code == 0, ran.err
-    command = ("compress", llama, "--moments", moments, *FORMS)
+    command = ("compress", llama, "--moments", moments, *KEEP)
     shared = [sys.executable, "-m", "eckart", *map(str, (*command, "--queue", queue, "-o", small))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     workers = [subprocess.Popen(shared, env=ENVIRONMENT, text=True, **pipes) for _ in range(2)]
-    assert eckart(*command, "-o", plain).code == 0
+    assert run(*command, "-o", plain).code == 0
     said = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     assert_same_result(plain, small)
     assert sum(f"{small} was written by process" in err for err in said) == 1
     before = small.stat().st_mtime_ns
-    late = eckart(*command, "--queue", queue, "-o", small)
+    late = run(*command, "--queue", queue, "-o", small)
     assert late.code == 0, late.err
     assert "was written by process" in late.err
     assert small.stat().st_mtime_ns == before
-    other = eckart(*command, "--keep", "0.5", "--queue", queue, "-o", tmp_path / "other")
+    other = run(*command, "--keep", "0.5", "--queue", queue, "-o", tmp_path / "other")
     assert other.code == 2
     assert "holds another job: its budget" in other.err
     assert not (tmp_path / "other").exists()

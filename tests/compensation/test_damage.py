@@ -77,8 +77,8 @@ def test_another_model_is_refused_with_what_differs() -> None:
     with pytest.raises(MismatchError, match=r"blocks.0.norm.weight differs"):
         find_damage(base, damaged)
     damaged = rounded(base)
-    damaged.blocks[0].up = nn.Linear(8, 10)
-    with pytest.raises(MismatchError, match=r"blocks.0.up is \(10, 8\) here and \(12, 8\) in the base"):
+    damaged.blocks[0].up = nn.Linear(8, 14)
+    with pytest.raises(MismatchError, match=r"blocks.0.up is \(14, 8\) here and \(12, 8\) in the base"):
         find_damage(base, damaged)
     damaged = rounded(base)
     damaged.table.weight.data.normal_()
@@ -107,6 +107,15 @@ def test_what_is_not_repaired_is_noted() -> None:
     only.table.weight.data.mul_(1.01)
     with pytest.raises(InputError, match=r"nothing to repair. .*table.weight differs"):
         find_damage(base, only)
+
+
+def test_narrowed_maps_are_noted_and_the_others_repaired() -> None:
+    base = model()
+    damaged = rounded(base)
+    damaged.blocks[0].up = nn.Linear(8, 10)
+    damage = find_damage(base, damaged)
+    assert [site.name for site in damage.sites] == ["blocks.1.down"]
+    assert "blocks.0.up is (10, 8) here and (12, 8) in the base: narrowed" in damage.notes[0]
 
 
 def test_factored_layers_and_anything_with_dense_are_read() -> None:

@@ -18,7 +18,7 @@ from eckart.checkpoint import Manifest, inspect_folder
 from eckart.errors import EckartError, InputError
 from eckart.hf import native
 from eckart.hf.registry import prepare_for_saving
-from eckart.layers import describe
+from eckart.layers import describe, narrow_layer
 
 TEXT = tiny.TEXT
 MODELS = {
@@ -251,6 +251,25 @@ def test_factored_layers_are_refused_and_nothing_else():
     _, reasons = native.native_config(model)
     assert len(reasons) == 2
     assert "model.layers.0.mlp.up_proj is of kind linear (form pivoted, rank 3)" in reasons[0]
+
+
+def test_narrowed_layers_are_plain_and_padded_ones_are_not():
+    model = build("bert")
+    for layer in range(3):
+        for part, places in (("intermediate.dense", {"rows": 13}), ("output.dense", {"columns": 13})):
+            name = f"bert.encoder.layer.{layer}.{part}"
+            module = model.get_submodule(name)
+            weight = module.weight.detach()[: places.get("rows"), : places.get("columns")]
+            model.set_submodule(name, narrow_layer(module, weight, module.bias.detach()[: places.get("rows")]))
+    assert {entry["kind"] for entry in describe(model).values()} == {"narrow"}
+    config, reasons = native.native_config(model)
+    assert reasons is None
+    assert config.intermediate_size == 13
+    name = "bert.encoder.layer.1.attention.self.value"
+    module, kept = model.get_submodule(name), torch.tensor([1, 2, 5])
+    rows = narrow_layer(module, module.weight.detach()[kept], module.bias.detach()[kept], rows=kept)
+    model.set_submodule(name, rows)
+    assert refused(model) == f"{name} is of kind linear (form rows, rank 3), which no config can say"
 
 
 def test_parts_of_heads_are_refused():

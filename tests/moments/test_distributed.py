@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eckart.errors import InputError
 from eckart.moments import Moments, collect
+from eckart.moments.collect import draws
 from eckart.records import Site
 
 pytestmark = pytest.mark.filterwarnings("ignore::eckart.errors.EckartWarning")
@@ -112,3 +114,49 @@ def test_only_one_of_the_processes_reaches_every_site() -> None:
     parts = [collected(BATCHES[rank::2]) for rank in (0, 1)]
     assert "rare" not in parts[0].names()
     assert "rare" in parts[1].names()
+
+
+def drawn(outputs: Tensor, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    return (outputs * torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)).sum(), float(len(batch))
+
+
+def with_draws(**how: object) -> Moments:
+    torch.manual_seed(0)
+    return collect(Model().double(), BATCHES, SITES, loss=drawn, fingerprint="f", probes=2, **how)
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_shares_have_the_draws_and_the_halves_of_the_whole(shares: int) -> None:
+    whole = with_draws(seed=4)
+    parts = [with_draws(seed=4, share=(i, shares)) for i in range(shares)]
+    assert [part.meta["batches"] for part in parts] == [6 // shares] * shares
+    together = parts[0]
+    for part in parts[1:]:
+        together = together.merge(part)
+    assert (together.tokens, together.units) == (whole.tokens, whole.units)
+    for name in whole.names():
+        for half in ("A", "B"):
+            one, two = whole.site(name, half=half), together.site(name, half=half)
+            assert one.count == two.count
+            for part in ("second", "gradient", "fisher_rows"):
+                torch.testing.assert_close(getattr(one, part), getattr(two, part), rtol=1e-12, atol=1e-14)
+
+
+def test_every_batch_and_every_seed_draws_anew() -> None:
+    streams = [torch.randn(4, generator=draws(seed, batch)) for seed in range(3) for batch in range(3)]
+    assert len({tuple(stream.tolist()) for stream in streams}) == 9
+    assert torch.equal(streams[4], torch.randn(4, generator=draws(1, 1)))
+
+
+def test_more_shares_than_batches_are_refused() -> None:
+    with pytest.raises(InputError, match="7 processes cannot share 6 batches"):
+        with_draws(share=(0, 7))
+
+
+def test_equal_moments_have_equal_digests(tmp_path: Path) -> None:
+    moments = with_draws()
+    moments.save(tmp_path / "m")
+    assert Moments.load(tmp_path / "m").digest() == moments.digest() == with_draws().digest()
+    assert with_draws(seed=1).digest() != moments.digest()
+    next(iter(moments.inputs.values())).total[0, 0, 0] += 1e-9
+    assert Moments.load(tmp_path / "m").digest() != moments.digest()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from eckart.moments.distributed import answers, cpu_group, gather, processes
 from eckart.planning import Plan
 from eckart.records import Progress, silent
 
+T = TypeVar("T")
 ALIGNMENT = 16
 """Bytes: tensors begin at multiples of this in a message, as their dtypes need."""
 
@@ -133,6 +134,34 @@ class Group:
         """That of the first process."""
         with answers("settle the plan"):
             return Plan.from_json(gather(plan.to_json(), cpu_group())[0])
+
+
+def do_all(
+    crew: Crew | None,
+    stage: str,
+    jobs: Sequence[Job],
+    work: Callable[[int], T],
+    given: Callable[[int], Mapping[str, Tensor]] | None = None,
+    progress: Progress = silent,
+) -> list[T]:
+    """What ``work`` gives for each job: by the ``crew``, else one after the other.
+
+    ``given(index)`` are tensors that every process has, which need not travel. See :func:`packed` for what can.
+    """
+    if crew is None:
+        found = []
+        for done in range(len(jobs)):
+            progress(stage, done, len(jobs))
+            found.append(work(done))
+        progress(stage, len(jobs), len(jobs))
+        return found
+
+    def parcel(index: int) -> Parcel:
+        tensors: dict[str, Tensor] = {}
+        return Parcel(packed(work(index), {} if given is None else given(index), tensors), tensors)
+
+    parcels = crew.do(stage, jobs, parcel, progress)
+    return [unpacked(one.note, {} if given is None else given(index), one.tensors) for index, one in enumerate(parcels)]
 
 
 def wait(what: str) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from eckart.apply.bits import GROUP
 from eckart.apply.choices import Table, element_size, forms_of
-from eckart.apply.crew import Crew
+from eckart.apply.crew import Crew, crew_of
 from eckart.apply.prepare import PreparedSite, prepare_sites
 from eckart.apply.probe import refine
 from eckart.apply.units import prepare_units, units_of
@@ -109,7 +109,11 @@ def decide(
             prepared = prepare_sites(model, sites, moments, plain, plain.options(), crew=crew, progress=progress)
     elif prepared is None:
         prepared = prepare_sites(model, sites, moments, method, options, crew=crew, progress=progress)
-    cut = prepare_units(model, units, sites, moments, unit_method, unit_options, progress=progress) if units else {}
+    cut = (
+        prepare_units(model, units, sites, moments, unit_method, unit_options, crew=crew_of(crew), progress=progress)
+        if units
+        else {}
+    )
     table = Table(
         model=model,
         sites=sites,

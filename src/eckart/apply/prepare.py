@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eckart.apply.crew import Crew, Job, Parcel, crew_of, packed, unpacked
+from eckart.apply.crew import Crew, Job, crew_of, do_all
 from eckart.arch import site_matrices
 from eckart.compression import CompressMethod, Prepared
 from eckart.errors import InputError, problems
@@ -119,26 +119,13 @@ def prepare_tasks(
     progress: Progress = silent,
 ) -> list[PreparedSite]:
     """Decompose each site by its method and options. With a ``crew``, and under ``torchrun``, the work is shared."""
-    together = crew_of(crew)
-    if together is None:
-        found = []
-        for done, (site, method, options) in enumerate(tasks):
-            progress("decompose", done, len(tasks))
-            found.append(prepare_site(model, site, moments, method, options))
-        progress("decompose", len(tasks), len(tasks))
-        return found
 
-    def work(index: int) -> Parcel:
+    def work(index: int) -> PreparedSite:
         site, method, options = tasks[index]
-        tensors: dict[str, Tensor] = {}
-        note = packed(prepare_site(model, site, moments, method, options), _given(model, site), tensors)
-        return Parcel(note, tensors)
+        return prepare_site(model, site, moments, method, options)
 
-    parcels = together.do("decompose", [job_of(site, method.name) for site, method, _ in tasks], work, progress)
-    return [
-        unpacked(parcel.note, _given(model, site), parcel.tensors)
-        for (site, _, _), parcel in zip(tasks, parcels, strict=True)
-    ]
+    jobs = [job_of(site, method.name) for site, method, _ in tasks]
+    return do_all(crew_of(crew), "decompose", jobs, work, lambda index: given(model, [tasks[index][0]]), progress)
 
 
 def job_of(site: Site, what: str) -> Job:
@@ -147,10 +134,14 @@ def job_of(site: Site, what: str) -> Job:
     return Job(f"{site.name} {what}", float(site.slices * m * n * (m + n)))
 
 
-def _given(model: nn.Module, site: Site) -> dict[str, Tensor]:
-    """What every process has already."""
-    slices = enumerate(site_matrices(model, site))
-    return {f"{index}/{name}": tensor for index, weights in slices for name, tensor in weights.items()}
+def given(model: nn.Module, sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The weights of some sites, which every process has and none needs to send."""
+    return {
+        f"{site.name}/{index}/{name}": tensor
+        for site in sites
+        for index, weights in enumerate(site_matrices(model, site))
+        for name, tensor in weights.items()
+    }
 
 
 def curves_of(prepared: Mapping[str, PreparedSite]) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.apply.bits import dense_of, metric_of, quantise_site
-from eckart.apply.crew import Crew, Parcel, crew_of
+from eckart.apply.crew import Crew, Job, crew_of, do_all
 from eckart.apply.error import relative_error
 from eckart.apply.prepare import PreparedSite, job_of, prepare_site, prepare_tasks, site_moments
 from eckart.apply.units import (
@@ -102,17 +102,8 @@ def held_out_errors(
         method = get_method(step.method)
         return held_out_error(model, site, moments, method, options_for(method, step.options), step.rank)
 
-    together = crew_of(crew)
-    if together is None:
-        found = []
-        for done in range(len(todo)):
-            progress("certify", done, len(todo))
-            found.append(error(done))
-        progress("certify", len(todo), len(todo))
-    else:
-        jobs = [job_of(site, f"{step.method} {step.rank} {dict(step.options)}") for site, step in todo]
-        parcels = together.do("certify", jobs, lambda index: Parcel(error(index)), progress)
-        found = [parcel.note for parcel in parcels]
+    jobs = [job_of(site, f"{step.method} {step.rank} {dict(step.options)}") for site, step in todo]
+    found = do_all(crew_of(crew), "certify", jobs, error, progress=progress)
     return {site.name: one for (site, _), one in zip(todo, found, strict=True)}
 
 
@@ -158,7 +149,7 @@ def apply_plan(
                 tasks.append((site, method, options_for(method, one.options)))
         shared = prepare_tasks(model, tasks, moments, crew=crew, progress=progress)
         prepared = {**(prepared or {}), **{part.site.name: part for part in shared}}
-    narrow = _narrowed(model, plan, sites, facts, moments, units or {}, certify)
+    narrow = _narrowed(model, plan, sites, facts, moments, units or {}, certify, crew)
     layers: list[LayerOutcome] = []
     for done, site in enumerate(sites):
         progress("compress", done, len(sites))
@@ -310,6 +301,7 @@ def _narrowed(
     moments: Moments | None,
     known: Mapping[str, PreparedUnit],
     certify: bool,
+    crew: Crew | None,
 ) -> dict[str, _NarrowSite]:
     """Every map that a unit changes, before any is changed."""
     by_name = {site.name: site for site in sites}
@@ -317,7 +309,18 @@ def _narrowed(
     owner: dict[str, Step] = {}
     outcomes: dict[str, LayerOutcome] = {}
     nothing = Size(parameters=0, bytes=0, macs=0)
-    for step in _narrow_steps(plan):
+    narrow = _narrow_steps(plan)
+
+    def error(index: int) -> float | None:
+        step, method = narrow[index], get_module_method(narrow[index].method)
+        options = options_for(method, step.options)
+        if moments is None or not certify:
+            return None
+        return held_out_unit(model, sites, facts[step.site], step.rank, moments, method, options)
+
+    jobs = [Job(f"{step.site} {step.method} {step.rank} {dict(step.options)}") for step in narrow]
+    certified = do_all(crew_of(crew), "certify narrow", jobs, error)
+    for step, held_out in zip(narrow, certified, strict=True):
         unit, method = facts[step.site], get_module_method(step.method)
         options = options_for(method, step.options)
         part = known.get(step.site)
@@ -325,11 +328,7 @@ def _narrowed(
             part = prepare_units(model, [unit], sites, moments, method, options)[step.site]
         cut = part.cut(step.rank)
         pieces += cut
-        predicted, held_out = 0.0, None
-        if moments is not None:
-            predicted = unit_error(model, by_name, part, step.rank, moments, None)
-            if certify:
-                held_out = held_out_unit(model, sites, unit, step.rank, moments, method, options)
+        predicted = 0.0 if moments is None else unit_error(model, by_name, part, step.rank, moments, None)
         carrier = part.stand_in(step.rank)[0]
         for name in unit.unit.sites:
             owner[name] = step

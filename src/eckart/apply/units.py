@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eckart.apply.crew import Crew, Job, do_all
 from eckart.apply.error import relative_error
-from eckart.apply.prepare import Half
+from eckart.apply.prepare import Half, given
 from eckart.arch import set_module, site_matrices, site_module
 from eckart.errors import InputError
 from eckart.layers import narrow_layer
@@ -34,22 +35,31 @@ def prepare_units(
     options: Any,
     *,
     half: Half | None = None,
+    crew: Crew | None = None,
     progress: Progress = silent,
 ) -> dict[str, PreparedUnit]:
-    """Look at every unit once. Raises InputError where there are no moments, or none of its maps."""
+    """Look at every unit once; with a ``crew`` its processes share them.
+
+    Raises InputError where there are no moments, or none of its maps.
+    """
     if moments is None:
         raise InputError(f"method {method.name!r} needs moments; give calibration data (--data) or a moments file.")
     by_name = {site.name: site for site in sites}
-    found = {}
-    for done, each in enumerate(units):
-        progress("narrow", done, len(units))
+
+    def work(index: int) -> PreparedUnit:
+        each = units[index]
         weights = {name: site_matrices(model, by_name[name])[0] for name in each.unit.sites}
         known: dict[str, SiteMoments] = {
             name: moments.site(name, half=half) for name in each.unit.sites if name in moments.input_of
         }
-        found[each.unit.name] = method.prepare(each, weights, known, options)
-    progress("narrow", len(units), len(units))
-    return found
+        return method.prepare(each, weights, known, options)
+
+    def there(index: int) -> dict[str, Tensor]:
+        return given(model, [by_name[name] for name in units[index].unit.sites])
+
+    jobs = [Job(f"{each.unit.name} {method.name}", float(each.unit.full_rank**3)) for each in units]
+    found = do_all(crew, "narrow", jobs, work, there, progress)
+    return {each.unit.name: part for each, part in zip(units, found, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,7 +148,7 @@ class TensorWriter:
             raise ValueError(f"expected {expected} {dtype} {shape}; got {name} {tensor.dtype} {tuple(tensor.shape)}.")
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            self._put(memoryview(flat.view(torch.uint8).numpy()))
+            self._put(flat.view(torch.uint8).numpy().data)
 
     def _put(self, raw: bytes | memoryview) -> None:
         begin = time.perf_counter()

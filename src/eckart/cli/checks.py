@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import eckart
+from eckart.cli.flags import keywords, leaves
 from eckart.cli.recipe import (
     BudgetSection,
     CompressRecipe,
@@ -30,6 +31,23 @@ _UNITS = {
     "max_bytes": "bytes",
     "max_macs": "macs",
     "max_loss": "loss",
+}
+STREAMED = frozenset(
+    {
+        *("data", "field", "samples", "length", "batch_size", "gradients", "probes", "method", "options", "allocation"),
+        *("include", "exclude", "forms", "rank_multiple", "min_rank", "certify", "seed"),
+    }
+)
+"""Keywords of ``compress`` that ``compress_stream`` has too."""
+_NOT_STREAMED = {
+    "plan": "it calibrates and plans by itself, block by block",
+    "moments": "moments of the whole model would not fit into memory either; give --data",
+    "queue": "it is the work of one process",
+    "embeddings": "only the maps inside of the blocks are compressed",
+    "head": "only the maps inside of the blocks are compressed",
+    "dtype": "weights are computed with as they are stored",
+    "device": "it runs on the CPU",
+    "bits": "numbers are stored as they are",
 }
 _BUDGET_FLAGS = ", ".join(f"--{name.replace('_', '-')}" for name in _UNITS)
 
@@ -155,27 +173,19 @@ def stream_problems(recipe: CompressRecipe, dry_run: bool) -> list[str]:
     """What cannot be asked of a model that is never in memory as a whole."""
     if not recipe.stream:
         return []
-    given = {
-        "--plan": recipe.plan,
-        "--moments": recipe.moments,
-        "--queue": recipe.queue,
-        "--embeddings": recipe.sites.embeddings,
-        "--head": recipe.sites.head,
-        "--dtype": recipe.run.dtype,
-        "--device": recipe.run.device,
-        "--dry-run": dry_run,
-    }
-    why = {
-        "--plan": "it calibrates and plans by itself, block by block",
-        "--moments": "moments of the whole model would not fit either; give --data",
-        "--queue": "it is the work of one process",
-        "--embeddings": "only the maps inside of the blocks are compressed",
-        "--head": "only the maps inside of the blocks are compressed",
-        "--dtype": "weights are computed with as they are stored",
-        "--device": "it runs on the CPU",
-        "--dry-run": "a dry run loads the whole model; the run itself checks first whether the disk is large enough",
-    }
-    return [f"--stream and {flag} exclude each other: {why[flag]}." for flag, value in given.items() if value]
+    asked = keywords(recipe)
+    found = []
+    for leaf in leaves(CompressRecipe):
+        keyword = leaf.flag.keyword
+        if asked.get(keyword) and keyword not in STREAMED:
+            why = _NOT_STREAMED.get(keyword, "it needs the whole model")
+            found.append(f"--stream and {leaf.flag.name} exclude each other: {why}.")
+    if dry_run:
+        found.append(
+            "--stream and --dry-run exclude each other: a dry run loads the whole model, and the run itself checks "
+            "first whether the disk is large enough."
+        )
+    return found
 
 
 def moments_problems(recipe: CompressRecipe | PlanRecipe) -> list[str]:
@@ -185,9 +195,9 @@ def moments_problems(recipe: CompressRecipe | PlanRecipe) -> list[str]:
         return []
     if recipe.method.name is None:
         return [f"{missing}; only methods that need no statistics, such as --method svd, go without."]
-    for method in eckart.methods():
-        if method.name == recipe.method.name and method.needs:
-            needs = ", ".join(sorted(method.needs))
+    for method in (*eckart.methods("factors"), *eckart.methods("modules")):
+        if method.name == recipe.method.name and method.needs:  # type: ignore[attr-defined]
+            needs = ", ".join(sorted(method.needs))  # type: ignore[attr-defined]
             return [f"{missing}: the method {method.name} needs statistics of the model's inputs ({needs})."]
     return []
 

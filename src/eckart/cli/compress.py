@@ -22,7 +22,8 @@ from eckart.cli.terminal import Terminal
 def compress(recipe: CompressRecipe, terminal: Terminal, dry_run: bool) -> None:
     """Make MODEL smaller and save it to a folder that AutoModel.from_pretrained loads.
 
-    Calibrates on DATA unless a moments file is given, plans unless a plan is given.
+    Calibrates on DATA unless a moments file is given, plans unless a plan is given. Under torchrun, or with --queue,
+    several processes share the work and one of them writes.
 
     JSON: folder, outcome (sizes before and after, every layer), plan.
     """

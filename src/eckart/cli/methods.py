@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import eckart
 from eckart.cli import render
 from eckart.cli.flags import Json, Quiet
 from eckart.cli.terminal import Terminal
 
+MethodKind = Literal["factors", "modules", "repair", "training"]
+
 
 def methods(as_json: Json = False, quiet: Quiet = False) -> None:
-    """List the compression methods, what each needs, and its options.
+    """List all methods: factors and modules (compress), repair (compensate), training (eckart.training in Python).
 
-    JSON: methods, a list of name, summary, paper, needs, loss_units, options (name, type, default), claim.
+    JSON: methods, a list of kind, name, summary, paper, needs, loss_units, options (name, type, default), claim.
     """
     terminal = Terminal(json=as_json, quiet=quiet)
-    rows = [
-        {
-            "name": method.name,
-            "summary": method.summary,
-            "paper": method.paper,
-            "needs": method.needs,
-            "loss_units": method.loss_units,
-            "options": [_option(field) for field in dataclasses.fields(method.options)],
-            "claim": {"statement": method.claim.statement, "source": method.claim.source},
-        }
-        for method in eckart.methods()
-    ]
+    kinds: tuple[MethodKind, ...] = ("factors", "modules", "repair", "training")
+    rows = [_row(kind, method) for kind in kinds for method in eckart.methods(kind)]
     terminal.result({"methods": rows}, lambda console: render.methods(console, rows))
+
+
+def _row(kind: str, method: Any) -> dict[str, Any]:
+    options = getattr(method, "options", None)
+    return {
+        "kind": kind,
+        "name": method.name,
+        "summary": method.summary,
+        "paper": method.paper,
+        "needs": getattr(method, "needs", frozenset()),
+        "loss_units": getattr(method, "loss_units", False),
+        "options": [] if options is None else [_option(field) for field in dataclasses.fields(options)],
+        "claim": {"statement": method.claim.statement, "source": method.claim.source},
+    }
 
 
 def _option(field: dataclasses.Field[Any]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ Count = Annotated[
 ]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-FormName = Literal["dense", "lowrank", "pivoted"]
+Bits = Annotated[Literal[8, 4, 2], BeforeValidator(lambda given: int(given) if str(given) in "842" else given)]
+FormName = Literal["dense", "lowrank", "pivoted", "narrow"]
 
 
 class Section(BaseModel):
@@ -145,11 +146,20 @@ class SitesSection(Section):
 class FormsSection(Section):
     """In which shapes the factors may be stored."""
 
-    allow: Annotated[list[FormName] | None, Flag("--form", "FORM", "forms", default="dense, lowrank, pivoted")] = Field(
-        default=None, description="Form that a map may take: dense, lowrank or pivoted. Repeatable."
+    allow: Annotated[
+        list[FormName] | None, Flag("--form", "FORM", "forms", default="dense, lowrank, pivoted, narrow")
+    ] = Field(
+        default=None,
+        description="Form that a map may take: dense, lowrank or pivoted; narrow: MLPs and attentions may become "
+        "narrower (under one global budget). Repeatable.",
+    )
+    bits: Annotated[list[Bits] | None, Flag("--bits", "BITS", "bits")] = Field(
+        default=None,
+        description="Bits that numbers may be stored in, beside those that they have: 8, 4 or 2. Repeatable. By "
+        "default 8 and 4 under a budget in bytes, none under others.",
     )
     rank_multiple: Annotated[Positive | None, Flag("--rank-multiple", "N", "rank_multiple", default="1")] = Field(
-        default=None, description="Ranks are multiples of this; 32 suits most accelerators, 8 most CPUs."
+        default=None, description="Ranks and widths are multiples of this; 32 suits most accelerators, 8 most CPUs."
     )
     min_rank: Annotated[Positive | None, Flag("--min-rank", "N", "min_rank", default="1")] = Field(
         default=None, description="Smallest rank that a map may get."
@@ -257,6 +267,11 @@ class CompressRecipe(Section):
     allocation: Allocation = Field(default=None, description=_ALLOCATION)
     sites: SitesSection = SitesSection()
     forms: FormsSection = FormsSection()
+    probe_rounds: Annotated[int | None, Field(ge=0), Flag("--probe-rounds", "N", "probe_rounds")] = Field(
+        default=None,
+        description="How often predicted losses are held against measured ones and the plan corrected. By default 2 "
+        "with data and a global budget.",
+    )
     certify: Annotated[bool | None, Flag("--certify", "", "certify", default="yes")] = Field(
         default=None, description="Also fit every map on half of the calibration and measure it on the other."
     )

@@ -10,18 +10,16 @@ from typing import Any
 
 import eckart
 from eckart.cli import render
+from eckart.cli.checks import STREAMED
 from eckart.cli.recipe import CompressRecipe
 from eckart.cli.terminal import Interrupted, Terminal
-
-NOT_ASKED = ("plan", "moments", "queue", "embeddings", "head", "dtype", "device")
-"""Keywords of ``compress`` that ``compress_stream`` lacks; :func:`eckart.cli.checks.stream_problems` refuses them."""
 
 
 def stream(recipe: CompressRecipe, terminal: Terminal, asked: Mapping[str, Any]) -> None:
     """Compress from folder to folder; interrupted, the same command goes on where it was."""
     output = recipe.output
     folder = Path(str(output.folder))
-    how = {name: value for name, value in asked.items() if name not in NOT_ASKED}
+    how = {name: value for name, value in asked.items() if name in STREAMED or name == "budget"}
     if output.max_shard_size is not None:
         how["max_shard_size"] = output.max_shard_size
     command = shlex.join(["eckart", *sys.argv[1:]])

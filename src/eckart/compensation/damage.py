@@ -33,8 +33,7 @@ def dense_map(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
     """W (out, in) and the bias (out,) of a linear map, however the module stores them.
 
     Reads ``.dense()`` of Eckart's layers, ``weight.dequantize()`` of quantised tensors (torchao), and plain
-    weights, which ``Conv1D`` of transformers keeps (in, out). Raises InputError for anything else, and
-    MismatchError for another shape.
+    weights, which ``Conv1D`` of transformers keeps (in, out). Raises InputError for anything else.
     """
     dense = getattr(module, "dense", None)
     weight = dense() if callable(dense) else getattr(module, "weight", None)
@@ -47,10 +46,6 @@ def dense_map(module: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
         raise InputError(
             f"{site.name}: a {type(module).__name__} does not say what its weight is; expected a plain weight, a "
             "torchao tensor, or a layer with dense()."
-        )
-    if tuple(weight.shape) != (site.out_features, site.in_features):
-        raise MismatchError(
-            f"{site.name} is {tuple(weight.shape)} here and {(site.out_features, site.in_features)} in the base"
         )
     bias = getattr(module, "bias", None)
     return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
@@ -69,18 +64,22 @@ def find_damage(base: nn.Module, damaged: nn.Module) -> Damage:
         raise MismatchError(f"a {type(damaged).__name__} cannot come from a {type(base).__name__}. Give its original.")
     everything = find_sites(base, embeddings=True, head=True)
     linear = [site for site in everything if site.kind in ("linear", "conv1d")]
-    faults, unread, differing, notes = [], [], [], []
+    faults: list[str] = []
+    unread: list[str] = []
+    notes: list[str] = []
+    differing: list[Site] = []
     for site in linear:
         try:
             weight, bias = dense_map(get_module(damaged, site.name), site)
-        except MismatchError as error:
-            faults.append(str(error))
-            continue
         except InputError as error:
             unread.append(str(error))
             continue
-        original = site_matrices(base, site)[0]
-        if _agree(original["weight"], weight):
+        original, shape = site_matrices(base, site)[0], (site.out_features, site.in_features)
+        if weight.shape != shape:
+            narrowed = all(ours <= theirs for ours, theirs in zip(weight.shape, shape, strict=True))
+            text = f"{site.name} is {tuple(weight.shape)} here and {shape} in the base"
+            (notes if narrowed else faults).append(f"{text}: narrowed, and stays as it is" if narrowed else text)
+        elif _agree(original["weight"], weight):
             if site.bias and (bias is None or not _agree(original["bias"], bias)):
                 notes.append(f"{site.name} differs in its bias alone and stays as it is")
         elif (distance := _distance(original["weight"], weight)) > _ROOM:

@@ -52,7 +52,7 @@ def map_pretrained(cls: Any, source: Path, config: Any) -> nn.Module:
             f"transformers renames or fuses weights while loading, which streaming does not. {_INSTEAD}"
         )
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # type: ignore[union-attr]
+        model.config.use_cache = False
     return model.eval()
 
 
@@ -70,7 +70,7 @@ def factored_like(model: nn.Module, source: Path, entries: dict[str, dict[str, A
     Its config is what belongs into ``config.json``.
     """
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    config.dtype = model.config.dtype  # type: ignore[union-attr]
+    config.dtype = model.config.dtype
     config.architectures = [type(model).__name__]
     keywords = {"add_pooling_layer": False} if getattr(model, "pooler", ...) is None else {}
     with torch.device("meta"):
@@ -112,7 +112,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         usual(self, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

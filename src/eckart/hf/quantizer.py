@@ -29,7 +29,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Torc
 
 from eckart.errors import FileError, InputError, problems, unknown
 from eckart.hf.tensor_parallel import adapt_plan, restore_plan
-from eckart.layers import FACTORED, FactoredExperts, TiedLayer, dense_keys, describe, layer_skeleton
+from eckart.layers import (
+    FACTORED,
+    FactoredExperts,
+    TiedLayer,
+    dense_keys,
+    describe,
+    is_narrowed,
+    layer_skeleton,
+    widened,
+)
 
 QUANT_METHOD = "eckart"
 FORMAT_VERSION = 1
@@ -345,10 +354,13 @@ def densify(model: nn.Module) -> int:
         if isinstance(layer, TiedLayer):
             new.weight = dense[id(layer.table)].get_parameter("weight")
         model.set_submodule(name, new)
+    narrow = [name for name, layer in model.named_modules() if is_narrowed(layer)]
+    for name in narrow:
+        model.set_submodule(name, widened(model.get_submodule(name)))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             _find_ties(module)
-    return len(found)
+    return len({*narrow, *(name for name, _ in found)})
 
 
 def _find_ties(model: PreTrainedModel) -> None:

@@ -14,8 +14,8 @@ from eckart.layers.build import (
 from eckart.layers.conv import FactoredConv, PivotedConv
 from eckart.layers.embedding import FactoredEmbedding, PivotedEmbedding, Table, TiedEmbedding, TiedHead, TiedLayer
 from eckart.layers.experts import FactoredExperts
-from eckart.layers.linear import FactoredLinear, PivotedLinear
-from eckart.layers.narrow import NarrowColumns, NarrowRows, is_narrowed, narrow_layer, widened
+from eckart.layers.linear import FactoredLinear, PivotedLinear, forget_mark, is_narrowed
+from eckart.layers.narrow import NarrowColumns, NarrowRows, narrow_layer, widened
 from eckart.layers.quantise import quantise_layer
 from eckart.layers.quantised import PACKED_BITS, Quantised, QuantisedEmbedding, QuantisedLinear
 
@@ -40,6 +40,7 @@ __all__ = [
     "TiedLayer",
     "dense_keys",
     "describe",
+    "forget_mark",
     "is_factored",
     "is_narrowed",
     "layer_from_forms",

@@ -21,8 +21,8 @@ from eckart.layers.embedding import (
     TiedLayer,
 )
 from eckart.layers.experts import FactoredExperts, expert_parameters, unsupported_experts
-from eckart.layers.linear import FactoredLinear, PivotedLinear, StructuredLinear, is_conv1d
-from eckart.layers.narrow import NarrowColumns, NarrowLinear, NarrowRows, is_narrowed, narrow_entry, smaller
+from eckart.layers.linear import FactoredLinear, PivotedLinear, StructuredLinear, is_conv1d, is_narrowed
+from eckart.layers.narrow import NarrowColumns, NarrowLinear, NarrowRows, narrow_entry, smaller
 from eckart.layers.quantised import Quantised, QuantisedLinear, quantised_skeleton
 from eckart.records import FormKind, Site
 
@@ -232,14 +232,18 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
         return tie_to(table, str(entry["table"]), original)
     if reason := unsupported(original):
         raise InputError(reason)
+    narrow = entry if kind == "narrow" else entry.get("narrow")
+    if narrow is not None:
+        size = int(narrow["out"]), int(narrow["in"])
+        original = smaller(original, *size, bool(narrow["bias"]), int(narrow.get("blocks", 1)))
+    if kind == "narrow":
+        return original
     if kind == "quantised":
         return quantised_skeleton(entry, original).train(original.training)
     if kind == "experts":
         weights = {name: (spec["form"], int(spec["rank"])) for name, spec in entry["weights"].items()}
         layer: nn.Module = FactoredExperts(original, weights)
         return layer.train(original.training)
-    if kind == "narrow":
-        return smaller(original, int(entry["out"]), int(entry["in"]), bool(entry["bias"]), int(entry.get("blocks", 1)))
     form, rank = entry.get("form"), entry.get("rank")
     if form not in _LINEARS:
         raise InputError(unknown("form", str(form), _LINEARS) + " Update eckart.")
@@ -255,7 +259,9 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     A child of a factored layer that is quantised has an entry of its own, after that of its parent.
     """
     found = {name: layer.entry() for name, layer in model.named_modules() if isinstance(layer, FACTORED)}
-    found |= {name: narrow_entry(layer) for name, layer in model.named_modules() if is_narrowed(layer)}
+    for name, layer in model.named_modules():
+        if is_narrowed(layer):
+            found[name] = {**found[name], "narrow": narrow_entry(layer)} if name in found else narrow_entry(layer)
     return dict(sorted(found.items(), key=lambda item: "table" in item[1]))
 
 

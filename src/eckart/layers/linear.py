@@ -17,10 +17,30 @@ from eckart.records import FormKind
 INDEX_DTYPE = torch.int32
 """Half the size of int64."""
 
+MARK = "narrowed_from"
+"""Attribute of an ordinary layer with fewer rows or columns: (out, in, blocks) of the one that it replaced, whose rows
+are so many blocks of equal size (gate and up in one map are two)."""
+
+
+def is_narrowed(module: nn.Module) -> bool:
+    """Whether this is a layer of ordinary shape that lost rows or columns."""
+    return hasattr(module, MARK)
+
+
+def keep_mark(old: nn.Module, new: nn.Module) -> None:
+    """Let ``new``, which takes the place of ``old``, know what that was narrowed from."""
+    if is_narrowed(old):
+        setattr(new, MARK, getattr(old, MARK))
+
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer with the weight stored (in × out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def forget_mark(module: nn.Module) -> None:
+    """Let a narrowed layer be an ordinary one."""
+    delattr(module, MARK)
 
 
 class ReplacedLinear(nn.Module):
@@ -62,6 +82,7 @@ class ReplacedLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=learns)
         elif layer.bias is not None:
             layer.bias = nn.Parameter(weight.new_zeros(self.out_features))
+        keep_mark(self, layer)
         return layer.train(self.training)
 
 

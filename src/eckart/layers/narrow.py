@@ -13,11 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.layers.dense_view import dense_view
-from eckart.layers.linear import INDEX_DTYPE, ReplacedLinear, is_conv1d
-
-MARK = "narrowed_from"
-"""Attribute of an ordinary layer with fewer rows or columns: (out, in, blocks) of the one that it replaced, whose rows
-are so many blocks of equal size (gate and up in one map are two)."""
+from eckart.layers.linear import INDEX_DTYPE, MARK, ReplacedLinear, is_conv1d
 
 
 class NarrowLinear(ReplacedLinear):
@@ -120,15 +116,13 @@ class NarrowColumns(NarrowLinear):
         return self.a.bias
 
 
-def is_narrowed(module: nn.Module) -> bool:
-    """Whether this is an ordinary layer that lost rows or columns."""
-    return hasattr(module, MARK)
-
-
 def narrow_entry(module: nn.Module) -> dict[str, Any]:
-    """What a checkpoint has to know of an ordinary layer that lost rows or columns."""
-    weight = module.get_parameter("weight")
-    out_features, in_features = weight.T.shape if is_conv1d(module) else weight.shape
+    """What a checkpoint has to know of a layer of ordinary shape that lost rows or columns."""
+    if isinstance(module, ReplacedLinear):
+        out_features, in_features = module.out_features, module.in_features
+    else:
+        weight = module.get_parameter("weight")
+        out_features, in_features = weight.T.shape if is_conv1d(module) else weight.shape
     return {
         "kind": "narrow",
         "out": int(out_features),

@@ -22,7 +22,7 @@ from torch.nn.functional import linear, pad
 from eckart.errors import InputError, problems
 from eckart.layers.dense_view import dense_view
 from eckart.layers.embedding import Table
-from eckart.layers.linear import ReplacedLinear, is_conv1d
+from eckart.layers.linear import ReplacedLinear, is_conv1d, keep_mark
 from eckart.linalg import Rounded, on_grid
 
 PACKED_BITS = (2, 4, 8)
@@ -182,6 +182,7 @@ class QuantisedLinear(Quantised, ReplacedLinear):
             if repair is not None:
                 for child, value in zip((new.a, new.b), repair, strict=True):
                     child.weight.copy_(value).requires_grad_(weight.requires_grad)
+        keep_mark(layer, new)
         return new.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:

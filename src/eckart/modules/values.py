@@ -39,7 +39,8 @@ class PreparedValues:
     def _reduction(self, width: int) -> tuple[Tensor, list[Tensor]]:
         """Rᵀ of all query heads (heads · head_dim, features), and the basis of each head of values."""
         ranks = [self.picked[:width].count(head) for head in range(self.attention.kv_heads)]
-        kept = [basis[:rank] for basis, rank in zip(self.bases, ranks, strict=True)]
+        # Orthonormal rows of the same span: columns of like size, which few bits need; the output is fitted anyway.
+        kept = [torch.linalg.qr(basis[:rank].T).Q.T for basis, rank in zip(self.bases, ranks, strict=True)]
         group = self.attention.heads // self.attention.kv_heads
         blocks = [kept[head // group].T for head in range(self.attention.heads)]
         return torch.block_diag(*blocks), kept  # type: ignore[no-untyped-call]

@@ -75,8 +75,10 @@ def collect_segment(
                     arrived(index, probe, found)
             observer.end()
             del output
-    for sums in (*observer.inputs.values(), *observer.gradient_sums.values()):
+    for sums in observer.inputs.values():
         sums.finish()
+    for gradient_sums in observer.gradient_sums.values():
+        gradient_sums.finish()
     lost = [site.name for site in sites if site.name not in observer.input_of]
     if lost:
         raise InputError(f"no calibration token reached {len(lost)} sites, as {lost[0]}. Exclude them.")

@@ -219,7 +219,9 @@ def _row(index: int, layer: LayerOutcome) -> Row:
 
 def _form(layer: LayerOutcome) -> str:
     """The form in words, with the bits of its numbers."""
-    words = FORM_WORDS["dense"].removeprefix("kept ") if layer.form == "dense" and layer.bits else FORM_WORDS[layer.form]
+    words = (
+        FORM_WORDS["dense"].removeprefix("kept ") if layer.form == "dense" and layer.bits else FORM_WORDS[layer.form]
+    )
     bits = f", {layer.bits} bits" if layer.bits else ""
     return f"{words}{bits}" + (f" + rank {layer.repair}" if layer.repair else "")
 

@@ -194,7 +194,7 @@ def _shape_of(step: Step, site: Site, dtype: torch.dtype) -> Form:
         m, n, k = site.out_features, site.in_features, step.rank
         if step.form == "lowrank":
             return LowRank(a=torch.empty(k, n, dtype=dtype), b=torch.empty(m, k, dtype=dtype))
-        index = torch.empty(m, dtype=torch.int64)
+        index = torch.empty(m, dtype=torch.int32)  # as layers store it
         return Pivoted(a=torch.empty(k, n, dtype=dtype), b=torch.empty(m - k, k, dtype=dtype), index=index)
 
 

@@ -216,8 +216,10 @@ def compensate(
     Where a bias was changed to make up for the mean (Eckart's own methods do), the repair is fitted to what that bias
     leaves: E x − d becomes (E − d μᵀ Σ⁺) x, its best linear form. Method ``svd`` without data does not see it.
 
-    The default ``inputs="base"`` costs one model less in memory and shares moments with compression; on the small
-    causal model of benchmarks/compensate.py the two differed by less than either gained.
+    On the small causal model of benchmarks/compensate.py (width 128), ``inputs="base"`` was as good or better: bits
+    per byte lost after repairs of rank 32 by ``kfac``, base and damaged inputs, were .0027 and .0027 at 4 bits (.0222
+    before), .0154 and .0187 with half of the weights pruned (.181), .033 and .042 at 2:4 (.397). Mind the size:
+    there rank 32 is 41 % of the parameters of the maps; rank 8 is a tenth, and 63 % came back at 4 bits.
 
     Raises InputError with everything that is wrong before any long work, MismatchError where ``damaged`` was not made
     from ``base``, BudgetError for a share that holds no direction, NotFiniteError.

@@ -1,10 +1,45 @@
-"""``eckart.methods``: the table."""
+"""``eckart.methods``: the tables."""
 
 from __future__ import annotations
 
-from eckart.compression import METHODS, CompressMethod
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from eckart.compensation import COMPENSATIONS
+from eckart.compression import METHODS
+from eckart.errors import InputError, unknown
+from eckart.modules import MODULES
+from eckart.records import Claim, Paper
+from eckart.training import TRAINING
+
+MethodKind = Literal["factors", "modules", "repair", "training"]
 
 
-def methods() -> tuple[CompressMethod, ...]:
-    """Every compression method, in the order of the table."""
-    return tuple(METHODS.values())
+class Method(Protocol):
+    """What the methods of every table have."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def paper(self) -> Paper: ...
+    @property
+    def claim(self) -> Claim: ...
+
+
+TABLES: Mapping[MethodKind, Mapping[str, Method]] = {
+    "factors": METHODS,
+    "modules": MODULES,
+    "repair": COMPENSATIONS,
+    "training": TRAINING,
+}
+"""``factors`` and ``modules`` for ``compress --method``, ``repair`` for ``compensate --method``, ``training`` for
+classes and functions of :mod:`eckart.training`."""
+
+
+def methods(kind: MethodKind | None = None) -> tuple[Method, ...]:
+    """The methods of one table, or of all, in the order of the tables. Raises InputError for another kind."""
+    if kind is not None and kind not in TABLES:
+        raise InputError(unknown("kind of method", str(kind), TABLES))
+    return tuple(method for name, table in TABLES.items() if kind in (None, name) for method in table.values())

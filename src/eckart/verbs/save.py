@@ -8,6 +8,7 @@ from pathlib import Path
 
 from eckart.apply.crew import wait
 from eckart.checkpoint import atomic_folder
+from eckart.hf.native import settle_native
 from eckart.hf.registry import prepare_for_saving
 from eckart.hf.sentence import copy_sentence_files
 from eckart.moments.distributed import join
@@ -54,6 +55,7 @@ def _write(
     command: str,
     title: str,
 ) -> None:
+    settle_native(compressed.model)  # evenly narrower MLPs need no Eckart to load
     entries = prepare_for_saving(compressed.model)
     base = compressed.loaded.name
     with atomic_folder(path, overwrite=overwrite, needed=compressed.outcome.model_after.bytes) as folder:

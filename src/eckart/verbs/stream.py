@@ -89,16 +89,16 @@ def compress_stream(
 ) -> CompressedStream:
     """Compress a model that memory does not hold; killed at any time, the same call goes on where it was.
 
-    What :func:`eckart.compress` and :func:`eckart.save` do together, with the plan that they would make, one block
-    in memory at a time. Weights stay in their safetensors files. Forward, each block leaves its hidden states in a
-    hidden folder beside ``output``; backward, each block runs again with the gradient at its output, so that one
-    budget over the whole model (method ``kfac``) works as it does in memory. The result is bitwise the same however
-    often the work was interrupted, given the same versions and machine; a run that is taken up again uses the number
-    of threads that it began with. ``output`` appears whole at the end.
+    What :func:`eckart.compress` and :func:`eckart.save` do together, with the plan that they make from predictions
+    alone (``probe_rounds=0``), one block in memory at a time. Weights stay in their safetensors files. Forward, each
+    block leaves its hidden states in a hidden folder beside ``output``; backward, each block runs again with the
+    gradient at its output, so that one budget over the whole model (method ``kfac``) works as it does in memory. The
+    result is bitwise the same however often the work was interrupted, given the same versions and machine; a run
+    that is taken up again uses the number of threads that it began with. ``output`` appears whole at the end.
 
-    Differs from ``eckart.compress`` in: only maps inside of the blocks; the errors that the report predicts are those
-    of the factors before they are rounded to the weights' dtype; ``gradients`` None collects what the
-    method needs and no more; files carry no time.
+    Differs from ``eckart.compress`` in: only maps inside of the blocks, dense, lowrank or pivoted; no probes; the
+    errors that the report predicts are those of the factors before they are rounded to the weights' dtype;
+    ``gradients`` None collects what the method needs and no more; files carry no time.
 
     Memory beside Python and torch: the moments of some maps of one block (16 (in² + out²) bytes each, as many as fit
     into twice the block's weights and 64 MB, at least one), the work space of one decomposition, the activations of
