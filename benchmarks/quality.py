@@ -24,17 +24,21 @@ import torch
 import eckart
 from eckart.apply import apply_plan, prepare_sites
 from eckart.apply.decide import decide
+from eckart.apply.probe import ROUNDS
 from eckart.arch import find_sites
-from eckart.compression import get_method
+from eckart.hf.distance import distance_from_now
 from eckart.records import Budget
+from eckart.verbs.compress import PROBE_SAMPLES
 from eckart.verbs.demo import minilm_folder
-from eckart.verbs.models import as_loaded
+from eckart.verbs.models import as_batches, as_loaded
+from eckart.verbs.plan import any_method
 from small_llama import trained_llama
 
 RESULTS = Path(__file__).parent / "results"
 REMOVED = (0.2, 0.4, 0.6)
 LOWRANK = ("dense", "lowrank")
-ALL = ("dense", "lowrank", "pivoted")
+PIVOTED = ("dense", "lowrank", "pivoted")
+ALL = (*PIVOTED, "narrow")
 ROWS = {
     "svd, uniform": ("svd", "uniform", LOWRANK),
     "fwsvd (rows), uniform": ("fwsvd", "uniform", LOWRANK),
@@ -44,7 +48,9 @@ ROWS = {
     "whitened, type-wise": ("whitened", "typewise", LOWRANK),
     "kfac, uniform": ("kfac", "uniform", LOWRANK),
     "kfac, global": ("kfac", "global", LOWRANK),
-    "kfac, global, pivoted (default)": ("kfac", "global", ALL),
+    "kfac, global, pivoted": ("kfac", "global", PIVOTED),
+    "modules, global": ("modules", "global", ALL),
+    "kfac, global, pivoted, narrower modules (default)": ("kfac", "global", ALL),
 }
 
 
@@ -74,13 +80,20 @@ def run(kind: str, folder: Path, seeds: tuple[int, ...], rows: list[str]) -> dic
         prepared: dict[str, Any] = {}
         for row in rows:
             name, allocation, forms = ROWS[row]
-            method = get_method(name)
+            method = any_method(name)
             options = method.options()
-            if name not in prepared:
+            narrow = "narrow" in forms
+            if name not in prepared and name != "modules":
                 prepared = {name: prepare_sites(base.model, sites, moments, method, options)}
+            distance = None
+            if narrow:
+                samples = PROBE_SAMPLES[base.task]
+                batches, _ = as_batches(base, data, part="calibration", field=None, samples=samples, length=None,
+                                        batch_size=16, seed=seed)  # fmt: skip
+                distance = distance_from_now(base, batches, seed=seed)
             for removed in REMOVED:
                 start_time = time.process_time()
-                plan, parts = decide(
+                made = decide(
                     base.model,
                     sites,
                     moments,
@@ -89,10 +102,14 @@ def run(kind: str, folder: Path, seeds: tuple[int, ...], rows: list[str]) -> dic
                     budget=Budget(keep=round(1 - removed, 3)),
                     allocation=allocation,
                     forms=forms,
-                    prepared=prepared[name],
+                    prepared=prepared.get(name),
+                    distance=distance,
+                    rounds=ROUNDS if narrow else 0,
                 )
                 model = copy.deepcopy(base.model)
-                outcome = apply_plan(model, plan, sites, moments, prepared=parts, certify=False)
+                outcome = apply_plan(
+                    model, made.plan, sites, moments, prepared=made.prepared, units=made.units, certify=False
+                )
                 kept = outcome.sites_after.parameters / outcome.sites_before.parameters
                 smaller = type(base)(**{**base.__dict__, "model": model, "path": None})
                 value = measure(kind, smaller, base, held_out)
@@ -135,16 +152,23 @@ def main() -> None:
     parser.add_argument("kind", choices=["minilm", "causal"])
     parser.add_argument("--testbed", type=Path, help="folder of a causal LM with calib.txt and valid.txt")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", help="comma-separated beginnings of the rows to run")
+    parser.add_argument("--rows", nargs="+", help="beginnings of the rows to run")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [r for r in ROWS if not args.rows or r.startswith(tuple(args.rows.split(",")))]
+    rows = [r for r in ROWS if not args.rows or r.startswith(tuple(args.rows))]
     folder = minilm_folder() if args.kind == "minilm" else (args.testbed or trained_llama())
     result = run(args.kind, folder, tuple(range(args.seeds)), rows)
     print(table(result))
-    if len(rows) == len(ROWS):
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"quality_{args.kind}.json").write_text(json.dumps(result, indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"quality_{args.kind}.json"
+    if len(rows) < len(ROWS) and file.exists():  # rows that were not run again stay as they were measured
+        old = json.loads(file.read_text())
+        if old["seeds"] == result["seeds"] and old["testbed"] == result["testbed"]:
+            found = {**old["rows"], **result["rows"]}
+            result["rows"] = {row: found[row] for row in ROWS if row in found}
+            file.write_text(json.dumps(result, indent=2) + "\n")
+    elif len(rows) == len(ROWS):
+        file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

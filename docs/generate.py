@@ -129,15 +129,21 @@ def methods_page() -> str:
     for kind, (heading, words) in KINDS.items():
         parts += [f"## {heading}", words, methods_table(kind, list_methods(kind))]
         for method in list_methods(kind):
-            parts += method_parts(method)
+            parts += method_parts(kind, method)
     return "\n\n".join(parts) + "\n"
 
 
-def method_parts(method: Any) -> list[str]:
+def heading(kind: MethodKind, method: Any) -> str:
+    """The method's name, with its kind where another table has the name too."""
+    shared = sum(other.name == method.name for other in list_methods()) > 1 and kind != "factors"
+    return f"{method.name} ({kind})" if shared else str(method.name)
+
+
+def method_parts(kind: MethodKind, method: Any) -> list[str]:
     """What the page says of one method."""
     where = inspect.getmodule(method.claim.run)
     parts = [
-        f"### {method.name}",
+        f"### {heading(kind, method)}",
         f"{method.summary[:1].upper()}{method.summary[1:]}.",
         f"**Paper.** {source(method)}" + (f"  \n**Needs.** {needs(method)}" if hasattr(method, "needs") else ""),
         f"**Claim.** {method.claim.statement} *({method.claim.source})*",

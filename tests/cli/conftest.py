@@ -67,5 +67,5 @@ def verbs(monkeypatch) -> Verbs:
     stand_in("claims", verdicts)
     result = {"outcome": OUTCOME, "evaluation": EVALUATION, "seconds": 2.0}
     stand_in("demo", lambda folder, **_: SimpleNamespace(folder=folder, report=folder / "report.html", **result))
-    monkeypatch.setitem(vars(eckart), "methods", lambda: METHODS)
+    monkeypatch.setitem(vars(eckart), "methods", lambda kind=None: METHODS if kind in (None, "factors") else ())
     return told

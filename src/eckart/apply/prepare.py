@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.apply.crew import Crew, Job, crew_of, do_all
+from eckart.apply.shrinkage import chosen, wants_halves
 from eckart.arch import site_matrices
 from eckart.compression import CompressMethod, Prepared
 from eckart.errors import InputError, problems
@@ -75,11 +76,19 @@ def prepare_site(
     options: Any,
     half: Half | None = None,
 ) -> PreparedSite:
-    """Decompose one site. Cost: what the method's docstring says, once per slice."""
+    """Decompose one site. Cost: what the method's docstring says, once per slice.
+
+    Options that leave ρ to the halves of the calibration look at both, also where ``half`` fits on one of them: the
+    choice among six numbers is all that it learns of the other.
+    """
     slices, errors = [], []
     for index, weights in enumerate(site_matrices(model, site)):
         known = site_moments(moments, site, index, half)
-        part = method.prepare(weights, known, options)
+        asked = options
+        if moments is not None and wants_halves(options):
+            halves = (moments.site(site.name, index, "A"), moments.site(site.name, index, "B"))
+            asked = chosen(weights, halves, options)
+        part = method.prepare(weights, known, asked)
         scale = known.loss_scale if known is not None and method.loss_units else 1.0
         slices.append(part)
         errors.append(scale * part.errors)

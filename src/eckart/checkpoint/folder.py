@@ -214,7 +214,7 @@ def _some(what: str, names: list[str]) -> list[str]:
 
 def _ranks(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
     """Rank by the stem of each pair of factors that a layer needs; none for layers that own no factors."""
-    if entry["kind"] in ("tied-head", "tied-embedding"):
+    if entry["kind"] in ("tied-head", "tied-embedding", "narrow") or entry.get("form") in ("rows", "columns"):
         return {}
     if entry["kind"] == "quantised":
         return {f"{name}.": entry["rank"]} if entry.get("rank") else {}
@@ -275,14 +275,29 @@ def _check_modules(
     quantised = {f"{name}.codes" for name, entry in entries.items() if entry.get("kind") == "quantised"}
     spare = sum(key.endswith(".codes") for key in tensors.keys() - quantised)
     lost = sorted(quantised - tensors.keys())
+    found += _some("narrower layers of another size than config.json says", _resized(entries, tensors))
     found += _some("integers of quantised layers named in config.json but not in the weights", lost[spare:])
     found += _some("factors named in config.json but not in the weights", missing)
     found += _some("factors of another rank than config.json says", unequal)
-    if entries and not any(info.numel == 0 for info in tensors.values()):
+    stopping = any(entry.get("kind") != "narrow" for entry in entries.values())  # another shape stops it by itself
+    if stopping and not any(info.numel == 0 for info in tensors.values()):
         found.append(
             "the empty tensors are missing that make transformers fail without Eckart: "
             "it would load random weights with no more than a warning. Save the model again."
         )
+
+
+def _resized(entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Narrower layers whose weights are there in another shape."""
+    found = []
+    for name, entry in entries.items():
+        if entry.get("kind") == "narrow" and (info := tensors.get(f"{name}.weight")) is not None:
+            if sorted(info.shape) != sorted((entry.get("out", 0), entry.get("in", 0))):
+                found.append(name)
+        elif entry.get("form") in ("rows", "columns") and (info := tensors.get(f"{name}.a.weight")) is not None:
+            if entry.get("rank") not in info.shape:
+                found.append(name)
+    return found
 
 
 def _check_code(folder: Path, auto_map: Any, found: list[str]) -> None:

@@ -43,6 +43,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ from eckart.compression.factorise import cut, factorise
 from eckart.compression.method import CompressMethod, Prepared
 from eckart.compression.needs import given, input_metric, needed, option_flag, option_share
 from eckart.compression.trial import as_figures, rises
+from eckart.errors import InputError
 from eckart.linalg import shrink_to_diagonal
 from eckart.moments import SiteMoments
 from eckart.records import Claim, Paper, Site, Verdict
@@ -63,14 +65,15 @@ class Options:
 
     gradient_shrinkage: float = 0.5
     """γ: how far G is drawn towards its diagonal, in [0, 1]."""
-    input_shrinkage: float | None = None
-    """ρ: how far Σ is drawn towards its diagonal, in [0, 1]; None: from 0.2 to 0 at 2.5 tokens per input."""
+    input_shrinkage: float | Literal["auto"] | None = None
+    """ρ: how far Σ is drawn towards its diagonal, in [0, 1]; None: from 0.2 to 0 at 2.5 tokens per input; "auto": what
+    fits the other half of the calibration best, map by map (:mod:`eckart.apply.shrinkage`)."""
     correct_bias: bool = True
     """Centre the inputs and let the bias take up the mean; false: keep the bias, do not centre."""
 
     def __post_init__(self) -> None:
         option_share("kfac", "gradient_shrinkage", self.gradient_shrinkage)
-        if self.input_shrinkage is not None:
+        if self.input_shrinkage not in (None, "auto"):
             option_share("kfac", "input_shrinkage", self.input_shrinkage)
         option_flag("kfac", "correct_bias", self.correct_bias)
 
@@ -97,6 +100,11 @@ def metrics(
     second, mean = input_metric(weights, moments, options.correct_bias, "kfac")
     known = given(moments, "kfac")
     rho = options.input_shrinkage
+    if rho == "auto":
+        raise InputError(
+            "method 'kfac': input_shrinkage='auto' compares the two halves of a calibration, and the moments of one map "
+            "hold their sum only. Choose with eckart.apply.shrinkage.chosen, or give a number."
+        )
     if rho is None:
         rho = 0.2 * max(0.0, 1 - known.count / (2.5 * second.shape[0]))
     gradient = output_metric(weights["weight"].shape[0], known, options.gradient_shrinkage)

@@ -74,10 +74,10 @@ def export_onnx(
     Padding belongs at the end: there is no input for positions. Cost: about three times the weights in memory.
 
     When it does not help: on the CPU without VNNI of ``benchmarks/onnx_export.py``, onnxruntime in float32 is no
-    faster than torch on 512 tokens of MiniLM. At equal quality int8 alone wins there: cosine .993 at 128 ms, where
-    three quarters of the maps' parameters (no training) already give .953. Where a factored model is good enough, int8
-    costs it .01 and takes a quarter of the bytes; factored at half the parameters, int8 is 1.4 times as fast as dense
-    int8, for one block 1.5 times at width 384 and 1.8 times at 1536.
+    faster than torch on 512 tokens of MiniLM. At equal quality int8 alone wins there: cosine .992 at 105 ms, where
+    three quarters of the maps' parameters in float32 (no training) already give .953 at 131 ms. Where a factored model
+    is good enough, int8 costs it about .01 and takes a quarter of the bytes; at half the parameters it is then 1.4
+    times as fast as dense int8, for one block alone 1.4 times at width 384 and 1.8 times at 1536. One run each.
 
     Raises InputError for options outside of these ranges, missing packages and models that it does not know,
     FileError for folders that cannot be read or written, EckartError where torch cannot translate the model or

@@ -33,11 +33,13 @@ def model_card(
     load_snippet: str = "",
     tags: Sequence[str] = (),
     license: str = "",
+    native: bool = False,
 ) -> str:
     """README.md of a saved model: what it is, what it lost, how to load it, what it cannot do.
 
     ``base_name`` is the original's name; the front matter has it only where it can be a name on the Hub.
     ``load_snippet`` is Python that loads the folder; without it the snippet fits the evaluation's task.
+    ``native``: the folder is a plain one that loads without Eckart.
     """
     sections = [
         _front_matter(base_name, tags, license),
@@ -48,7 +50,7 @@ def model_card(
         _summary(outcome),
         *_measured(evaluation),
         "## How to load it",
-        _loading(evaluation, load_snippet),
+        _loading(evaluation, load_snippet, native),
         "## How it was made",
         f"Low-rank factorisation of {_code(_public(base_name))}, method {_code(outcome.method)}, made with:",
         _fenced(command, "bash"),
@@ -123,14 +125,19 @@ def _measured(evaluation: Evaluation | None) -> list[str]:
     return parts
 
 
-def _loading(evaluation: Evaluation | None, snippet: str) -> str:
+def _loading(evaluation: Evaluation | None, snippet: str, native: bool) -> str:
     loader = LOADERS[evaluation.task] if evaluation else "AutoModel"
     code = snippet or (
-        "import eckart  # registers the layers with transformers\n"
-        f"from transformers import {loader}, AutoTokenizer\n\n"
+        ("" if native else "import eckart  # registers the layers with transformers\n")
+        + f"from transformers import {loader}, AutoTokenizer\n\n"
         f'model = {loader}.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
     )
+    if native:
+        return (
+            _fenced(code, "python")
+            + "\n\nAll layers are dense and in shapes that the config states: it loads anywhere."
+        )
     return (
         _fenced(code, "python")
         + "\n\nWithout `import eckart` loading stops with an error; it never fills in random weights. "

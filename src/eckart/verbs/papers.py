@@ -54,7 +54,7 @@ def write_papers(
             **({"made": made} if made else {}),
         },
     )
-    card = model_card(outcome, evaluation, base_name=base, title=title, command=command)
+    card = model_card(outcome, evaluation, base_name=base, title=title, command=command, native=not entries)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "report.html").write_text(page, encoding="utf-8")
     Manifest(
