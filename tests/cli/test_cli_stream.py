@@ -147,6 +147,7 @@ def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_kept_out(place, run, tmp_p
         (("--data", "stdlib:source", "--keep", ".6", "--device", "cuda"), "--stream and --device"),
         (("--data", "stdlib:source", "--keep", ".6", "--head", "--embeddings"), "--stream and --head"),
         (("--data", "stdlib:source", "--keep", ".6", "--dry-run"), "--stream and --dry-run"),
+        (("--data", "stdlib:source", "--keep", ".6", "--refit-blend", "0"), "--stream and --refit-blend"),
     ],
 )
 def test_what_excludes_streaming(asked, words, run, verbs, tmp_path, monkeypatch):

@@ -79,9 +79,7 @@ def pool(group: Group, column: str) -> tuple[np.ndarray, np.ndarray]:
     """(loss, cost) of everything that a group may become, alternatives and combinations alike, undominated."""
     rows = []
     for curves in group.alternatives:
-        tables = [
-            list(zip(c.choices.loss.tolist(), getattr(c.choices, column).tolist(), strict=True)) for c in curves
-        ]
+        tables = [list(zip(c.choices.loss.tolist(), getattr(c.choices, column).tolist(), strict=True)) for c in curves]
         rows += [(sum(r[0] for r in rows_), sum(r[1] for r in rows_)) for rows_ in product(*tables)]
     kept: list[tuple[float, float]] = []
     for loss, cost in sorted(rows, key=lambda row: (row[1], row[0])):
@@ -142,7 +140,7 @@ def test_many_groups_are_within_one_percent_of_the_integer_optimum(bits: bool) -
     for seed in range(6):
         groups = random_groups(seed, pairs=12, singles=12, bits=bits, largest=20, spread=1.0)
         tables = [pool(group, column) for group in groups]
-        limit = int((0.3 if bits else 0.6) * getattr(size_of(groups), column))
+        limit = int((0.2 if bits else 0.6) * getattr(size_of(groups), column))
         best = optimum([v for v, _ in tables], [p for _, p in tables], limit)
         chosen = solve_groups(groups, Budget(**{column: limit + getattr(REST, column)}), REST)
         assert total(chosen, column) <= limit
@@ -167,8 +165,10 @@ def test_every_budget_is_met_from_below_and_nothing_more_fits(unit: str) -> None
     for seed in range(10):
         groups = random_groups(seed)
         full, beside = getattr(size_of(groups), column), {"macs": 0, "keep": 0}.get(unit, getattr(REST, column))
-        limit = int(0.55 * (full + beside)) - beside
-        amount = 0.55 if "keep" in unit else limit + beside
+        least = sum(int(pool(group, column)[1].min()) for group in groups)
+        limit = (least + full) // 2
+        beside = REST.parameters if unit == "model_keep" else beside
+        amount = (limit + beside) / (full + beside) if "keep" in unit else limit + beside
         chosen = solve_groups(groups, Budget(**{unit: amount}), REST)
         left = limit - total(chosen, column)
         assert left >= 0
@@ -204,7 +204,7 @@ def test_a_budget_that_only_one_alternative_can_meet() -> None:
     assert [c.form for _, c in solve_groups(groups, Budget(keep=1.0), REST)] == ["dense"] * 2
     least = int(narrow.choices.parameters.min())
     assert total(solve_groups(groups, Budget(keep=least / 128), REST)) == least
-    with pytest.raises(BudgetError, match="cannot be met: the least .* is keep"):
+    with pytest.raises(BudgetError, match=r"cannot be met: the least .* is keep"):
         solve_groups(groups, Budget(keep=0.01), REST)
     with pytest.raises(BudgetError, match="above the uncompressed model"):
         solve_groups(groups, Budget(parameters=REST.parameters + 129), REST)
@@ -268,6 +268,7 @@ UNIT = Unit(
     name="mlp#neurons", kind="neurons", sites=("up", "down"), full_rank=12, width_parameters=12, width_indices=0
 )
 PAIRS = replace(UNIT, name="attn#queries", kind="queries", sites=("other",), full_rank=6, step=2)
+FUSED = replace(PAIRS, name="attn#values", kind="values")
 NARROW = Step(site=UNIT.name, form="narrow", rank=5, method="modules")
 
 
@@ -276,7 +277,7 @@ def plan_of(*steps: Step) -> Plan:
 
 
 def checked(*steps: Step) -> None:
-    check(plan_of(*steps), SITES, (UNIT, PAIRS))
+    check(plan_of(*steps), SITES, (UNIT, PAIRS, FUSED))
 
 
 def test_json_both_ways_with_units_bits_and_repairs() -> None:
@@ -304,6 +305,7 @@ def test_plans_that_fit() -> None:
     checked(NARROW, Step(site="up", form="dense", method="kfac"))
     checked(Step(site=PAIRS.name, form="narrow", rank=4, method="modegpt", bits=2, group=4))
     checked(Step(site="other", form="dense", rank=6, method="kfac", bits=4, group=16, repair=2))
+    checked(replace(NARROW, site=PAIRS.name, rank=4), replace(NARROW, site=FUSED.name, rank=2))
 
 
 OTHER = Step(site="other", form="dense", rank=6, method="kfac")
@@ -316,6 +318,10 @@ THIN = replace(OTHER, form="lowrank", rank=2)
         ([NARROW, Step(site="up", form="lowrank", rank=2, method="kfac")], "up would change twice"),
         ([Step(site="down", form="dense", method="kfac", bits=8, group=9), NARROW], "down would change twice"),
         ([NARROW, replace(NARROW, rank=4)], "more than one step"),
+        (
+            [replace(NARROW, site=PAIRS.name, rank=4, bits=8, group=4), replace(NARROW, site=FUSED.name, rank=2)],
+            "other: its rows belong to attn#queries and attn#values, which need equal bits",
+        ),
         ([replace(NARROW, rank=0)], "width 0 is not from 1 to 12"),
         ([replace(NARROW, rank=13)], "width 13 is not from 1 to 12"),
         ([replace(NARROW, site=PAIRS.name, rank=3)], "width 3 is not from 1 to 6 and a multiple of 2"),

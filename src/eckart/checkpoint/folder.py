@@ -291,12 +291,14 @@ def _resized(entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Ten
     """Narrower layers whose weights are there in another shape."""
     found = []
     for name, entry in entries.items():
-        if entry.get("kind") == "narrow" and (info := tensors.get(f"{name}.weight")) is not None:
-            if sorted(info.shape) != sorted((entry.get("out", 0), entry.get("in", 0))):
-                found.append(name)
-        elif entry.get("form") in ("rows", "columns") and (info := tensors.get(f"{name}.a.weight")) is not None:
-            if entry.get("rank") not in info.shape:
-                found.append(name)
+        plain, padded = tensors.get(f"{name}.weight"), tensors.get(f"{name}.a.weight")
+        if entry.get("kind") == "narrow" and plain is not None:
+            wrong = sorted(plain.shape) != sorted((entry.get("out", 0), entry.get("in", 0)))
+        elif entry.get("form") in ("rows", "columns") and padded is not None:
+            wrong = entry.get("rank") not in padded.shape
+        else:
+            wrong = False
+        found += [name] if wrong else []
     return found
 
 

@@ -154,6 +154,8 @@ def source_problems(recipe: CompressRecipe) -> list[str]:
         idle = _given(recipe.data) + _given(recipe.calibration)
         if idle:
             found.append(f"{', '.join(idle)} have no effect without --data.")
+        if recipe.refit_blend is not None:
+            found.append("--refit-blend runs the model on data: give --data.")
     return found
 
 
@@ -177,7 +179,8 @@ def stream_problems(recipe: CompressRecipe, dry_run: bool) -> list[str]:
     found = []
     for leaf in leaves(CompressRecipe):
         keyword = leaf.flag.keyword
-        if asked.get(keyword) and keyword not in STREAMED:
+        wanted = asked.get(keyword) or (keyword == "refit_blend" and keyword in asked)  # a blend of 0 is one
+        if wanted and keyword not in STREAMED:
             why = _NOT_STREAMED.get(keyword, "it needs the whole model")
             found.append(f"--stream and {leaf.flag.name} exclude each other: {why}.")
     if dry_run:

@@ -55,6 +55,7 @@ def compress(recipe: CompressRecipe, terminal: Terminal, dry_run: bool) -> None:
     if dry_run:
         asked.pop("certify", None)
         asked.pop("queue", None)
+        asked.pop("refit_blend", None)
         with terminal.working() as progress:
             preview = eckart.preview(str(recipe.model), **asked, progress=progress)
         terminal.result(preview.to_json(), lambda console: render.preview(console, preview.to_json()))

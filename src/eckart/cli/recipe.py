@@ -269,8 +269,15 @@ class CompressRecipe(Section):
     forms: FormsSection = FormsSection()
     probe_rounds: Annotated[int | None, Field(ge=0), Flag("--probe-rounds", "N", "probe_rounds")] = Field(
         default=None,
-        description="How often predicted losses are held against measured ones and the plan corrected. By default 2 "
+        description="How often predicted losses are held against measured ones and the plan corrected. By default 1 "
         "with data and a global budget.",
+    )
+    refit_blend: Annotated[
+        float | None, Field(ge=0, le=0.25), Flag("--refit-blend", "SHARE", "refit_blend", default="no refit")
+    ] = Field(
+        default=None,
+        description="Fit the last factor of every map again on what the compressed model passes on, with this share "
+        "(0 to 0.25) of the original's inputs in the target. Needs --data and twice the memory.",
     )
     certify: Annotated[bool | None, Flag("--certify", "", "certify", default="yes")] = Field(
         default=None, description="Also fit every map on half of the calibration and measure it on the other."

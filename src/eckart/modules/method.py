@@ -60,7 +60,7 @@ class ModuleMethod:
     loss_units: bool
     """Whether errors are rises of the loss, which one budget over all layers needs."""
     equal_heads: bool
-    """Whether every head of a layer keeps the same number of directions."""
+    """Whether heads of a layer take directions in turn, so that their numbers differ by one at most."""
     prepare: Callable[..., PreparedUnit]
     """:func:`eckart.modules.prepare_unit` with the method's own scores."""
     claim: Claim

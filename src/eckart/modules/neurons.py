@@ -40,8 +40,8 @@ class PreparedNeurons:
 
     def _refitted(self, kept: Tensor) -> Tensor:
         down = self.weights[self.mlp.down]["weight"].to("cpu", torch.float64)
-        inside = damped(self.second)[kept][:, kept]
-        moved = down @ self.second[:, kept]
+        second = damped(self.second)  # on both sides: full width then gives back W₂, whatever Σ is
+        inside, moved = second[kept][:, kept], down @ second[:, kept]
         refitted: Tensor = torch.cholesky_solve(moved.T, torch.linalg.cholesky(inside)).T
         return refitted
 

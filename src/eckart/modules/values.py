@@ -48,8 +48,8 @@ class PreparedValues:
     def _output(self, reduction: Tensor) -> Tensor:
         """The output map of the kept features, fitted to the old one."""
         old = self.weights[self.attention.output]["weight"].to("cpu", torch.float64)
-        inside = damped(reduction.T @ self.second @ reduction)
-        moved = old @ self.second @ reduction
+        moved = damped(self.second) @ reduction  # damped on both sides: full width gives back the old map
+        inside, moved = reduction.T @ moved, old @ moved
         fitted: Tensor = torch.cholesky_solve(moved.T, torch.linalg.cholesky(inside)).T
         return fitted
 

@@ -28,18 +28,32 @@ def check(plan: Plan, sites: Sequence[Site], units: Sequence[Unit] = ()) -> None
     changed = {step.site for step in plan.steps if step.form != "dense" or step.bits}
     for step in plan.steps:
         found += [f"{step.site}: {why}" for why in _storage(step)]
-        if step.form == "narrow":
-            found += _narrow(step, by_unit, changed)
-            continue
         if step.site in seen:
             found.append(f"site {step.site!r} has more than one step")
         seen.add(step.site)
+        if step.form == "narrow":
+            found += _narrow(step, by_unit, changed)
+            continue
         if step.site not in by_name:
             found.append(unknown("site", step.site, by_name))
         elif step.form != "dense":
             found += [f"{step.site}: {why}" for why in _misfits(step, by_name[step.site])]
+    found += _mixed([step for step in plan.steps if step.site in by_unit], by_unit)
     if found:
         raise InputError(problems("the plan does not fit the model", found))
+
+
+def _mixed(steps: Sequence[Step], units: Mapping[str, Unit]) -> list[str]:
+    """Maps whose rows two units hold, which would store them in different ways."""
+    stored: dict[str, dict[str, tuple[int, int]]] = {}
+    for step in steps:
+        for name in units[step.site].sites:
+            stored.setdefault(name, {})[step.site] = (step.bits, step.group)
+    return [
+        f"{name}: its rows belong to {' and '.join(of)}, which need equal bits and group"
+        for name, of in stored.items()
+        if len(set(of.values())) > 1
+    ]
 
 
 def _misfits(step: Step, site: Site) -> list[str]:

@@ -15,6 +15,7 @@ from eckart.apply import apply_plan, curves_of
 from eckart.apply.crew import crew_of
 from eckart.apply.decide import check_budget, decide
 from eckart.apply.queue import Queue
+from eckart.apply.refit import check_blend, refit
 from eckart.arch import check_finite, find_sites, fingerprint
 from eckart.compression import options_for
 from eckart.errors import InputError
@@ -28,7 +29,7 @@ from eckart.verbs.calibrate import Gradients, calibrate_sites
 from eckart.verbs.models import DataLike, ModelLike, as_batches, as_loaded
 from eckart.verbs.plan import DEFAULT_METHOD, FORMS, any_method, as_moments, bits_from, budget_from, rounds_from
 
-PROBE_SAMPLES = {"embedding": 64, "causal-lm": 16, "masked-lm": 16, "logits": 16}
+PROBE_SAMPLES = {"embedding": 32, "causal-lm": 16, "masked-lm": 16, "logits": 16}
 """Rows of the calibration data that every probe runs on."""
 
 
@@ -79,6 +80,7 @@ def compress(
     rank_multiple: int = 1,
     min_rank: int = 1,
     probe_rounds: int | None = None,
+    refit_blend: float | None = None,
     part: str = "calibration",
     field: str | None = None,
     samples: int | None = None,
@@ -103,8 +105,12 @@ def compress(
 
     ``forms`` says what maps may become: ``lowrank`` and ``pivoted`` factors, or, under one global budget, ``narrow``
     MLPs and attentions. ``bits`` (8, 4, 2) lets numbers be stored in so many bits; by default a budget in bytes
-    chooses among 8, 4 and as they are, other budgets leave them as they are. ``probe_rounds`` (default 2 with data
+    chooses among 8, 4 and as they are, other budgets leave them as they are. ``probe_rounds`` (default 1 with data
     and a global budget, else 0) measure on some of the data what was predicted and correct the plan.
+
+    ``refit_blend`` (β in [0, 0.25]; default: no refit) fits the last factor of every compressed map again, block by
+    block, on ``data`` as the compressed model sees them (:mod:`eckart.apply.refit`). It needs the dense original
+    beside, so twice the memory; predicted and held-out errors remain those from before.
 
     Several processes can share the work; each gets the whole result. Under ``torchrun`` they share the calibration
     and the decompositions: call this, and :func:`eckart.save`, in every process; one that waits for another in vain
@@ -123,6 +129,10 @@ def compress(
         raise InputError("a plan decides methods, options, ranks and allocation; leave those out beside plan=.")
     if queue is not None and data is not None:
         raise InputError("queue shares decompositions, not a calibration: calibrate first, and give moments.")
+    if refit_blend is not None:
+        check_blend(refit_blend)
+        if data is None:
+            raise InputError("refit_blend runs both models on data; moments are not enough. Give data.")
     _, processes = join()
     if processes > 1 and queue is not None:
         raise InputError("torchrun and queue are two ways to share the work; take one of them.")
@@ -215,6 +225,7 @@ def compress(
         raise InputError("neither a plan nor a budget was given.")
     if (together := crew_of(crew)) is not None:
         given = together.settle(given)
+    original = copy.deepcopy(loaded.model) if refit_blend is not None else None
     outcome = apply_plan(
         loaded.model,
         given,
@@ -228,6 +239,13 @@ def compress(
     )
     if decision is not None and decision.probed is not None:
         outcome = dataclasses.replace(outcome, predicted_loss=decision.probed)
+    if original is not None and data is not None and refit_blend is not None:
+        batches, _ = as_batches(
+            loaded, data, part=part, field=field, samples=samples, length=length, batch_size=batch_size, seed=seed
+        )
+        refitted = refit(loaded.model, original, batches, sites, blend=refit_blend, progress=progress)
+        note = f"{len(refitted)} maps were refitted (β = {refit_blend:g}); their errors are those from before."
+        outcome = dataclasses.replace(outcome, notes=(*outcome.notes, note))
     return Compressed(
         loaded=dataclasses.replace(loaded, path=None),
         plan=given,
