@@ -17,7 +17,7 @@ from eckart.apply.probe import refine
 from eckart.apply.units import prepare_units, units_of
 from eckart.arch import model_size, site_size
 from eckart.compression import CompressMethod, get_method
-from eckart.errors import InputError
+from eckart.errors import BudgetError, InputError
 from eckart.modules import NATIVE_KINDS, ModuleMethod, PreparedUnit, module_units, obs
 from eckart.moments import Moments
 from eckart.planning import Allocation, Curve, Plan, choices_for, solve, solve_groups
@@ -201,8 +201,13 @@ def check_budget(
             min_rank=min_rank,
         )
         solve_groups(table.groups(), budget, rest_of(model, sites))
-    elif not bits:
+    elif not bits or budget.unit != "bytes":
         equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
+    elif budget.value <= rest_of(model, sites).bytes:
+        raise BudgetError(
+            f"the budget {budget} cannot be met: what is not compressed takes {rest_of(model, sites).bytes} bytes alone. "
+            "Ask for more, or take in more sites (embeddings, head)."
+        )
 
 
 def equal_shares(

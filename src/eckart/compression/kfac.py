@@ -102,8 +102,8 @@ def metrics(
     rho = options.input_shrinkage
     if rho == "auto":
         raise InputError(
-            "method 'kfac': input_shrinkage='auto' compares the two halves of a calibration, and the moments of one map "
-            "hold their sum only. Choose with eckart.apply.shrinkage.chosen, or give a number."
+            "method 'kfac': input_shrinkage='auto' compares the two halves of a calibration, and the moments of one "
+            "map hold their sum only. Choose with eckart.apply.shrinkage.chosen, or give a number."
         )
     if rho is None:
         rho = 0.2 * max(0.0, 1 - known.count / (2.5 * second.shape[0]))
