@@ -3,8 +3,8 @@
     python benchmarks/bytes.py [--testbed FOLDER]
 
 The 28 maps of the causal LM in bfloat16. Plain int4 rounds every map to the nearest, one scale and zero per row or per
-128 columns, which takes a little more than a quarter. Ours gets a quarter of the maps' bytes, index and scales included.
-KL to the original in nats per token on text that calibration has not seen.
+128 columns, which takes a little more than a quarter. Ours gets a quarter of the maps' bytes, index and scales
+included. KL to the original in nats per token on text that calibration has not seen.
 """
 
 from __future__ import annotations

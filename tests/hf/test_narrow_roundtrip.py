@@ -141,4 +141,4 @@ def test_probes_are_part_of_a_plain_call() -> None:
     made = eckart.compress(model, data=data(model), keep=0.6, certify=False)
     assert isinstance(model, tf.BertForMaskedLM)
     assert made.outcome.predicted_loss is not None
-    assert made.outcome.predicted_loss > 0
+    assert made.outcome.predicted_loss >= 0

@@ -41,6 +41,25 @@ def default_allocation(method: CompressMethod | ModuleMethod) -> Allocation:
     return "global" if method.loss_units else "uniform"
 
 
+def check_allocation(
+    method: CompressMethod | ModuleMethod, allocation: Allocation | None, budget: Budget, bits: Sequence[int]
+) -> Allocation:
+    """The allocation, or the method's own. Raises InputError where the parts of a request do not go together."""
+    allocation = allocation or default_allocation(method)
+    if not method.loss_units and (allocation == "global" or budget.loss is not None):
+        raise InputError(
+            f"method {method.name!r} measures errors layer by layer, not in units of the loss, and one global "
+            "budget (or a ceiling on the loss) over such errors does worse than equal shares. Take "
+            "allocation 'uniform' or 'typewise', or method 'kfac'."
+        )
+    if bits and not (method.loss_units and allocation == "global"):
+        raise InputError(
+            f"bits are chosen under one global budget in units of the loss; got method {method.name!r} with "
+            f"allocation {allocation!r}. Take method 'kfac' or 'modules' with allocation 'global'."
+        )
+    return allocation
+
+
 @dataclass(frozen=True, eq=False)
 class Decision:
     """A plan, and what was computed on the way."""
@@ -82,19 +101,8 @@ def decide(
     Raises InputError where method, moments and allocation do not go together, BudgetError where the budget
     cannot be met.
     """
-    allocation = allocation or default_allocation(method)
-    if not method.loss_units and (allocation == "global" or budget.loss is not None):
-        raise InputError(
-            f"method {method.name!r} measures errors layer by layer, not in units of the loss, and one global "
-            "budget (or a ceiling on the loss) over such errors does worse than equal shares. Take "
-            "allocation 'uniform' or 'typewise', or method 'kfac'."
-        )
+    allocation = check_allocation(method, allocation, budget, bits)
     mixed = method.loss_units and allocation == "global"
-    if bits and not mixed:
-        raise InputError(
-            f"bits are chosen under one global budget in units of the loss; got method {method.name!r} with "
-            f"allocation {allocation!r}. Take method 'kfac' or 'modules' with allocation 'global'."
-        )
     modules = isinstance(method, ModuleMethod)
     narrow = modules or (mixed and "narrow" in forms)
     unit_method = method if isinstance(method, ModuleMethod) else obs.METHOD
@@ -205,8 +213,8 @@ def check_budget(
         equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
     elif budget.value <= rest_of(model, sites).bytes:
         raise BudgetError(
-            f"the budget {budget} cannot be met: what is not compressed takes {rest_of(model, sites).bytes} bytes alone. "
-            "Ask for more, or take in more sites (embeddings, head)."
+            f"the budget {budget} cannot be met: what is not compressed takes {rest_of(model, sites).bytes} bytes "
+            "alone. Ask for more, or take in more sites (embeddings, head)."
         )
 
 

@@ -44,7 +44,7 @@ def distance_from_now(loaded: LoadedModel, batches: Sequence[Batch], *, seed: in
                 found = _log_probabilities(output, picks[i])
                 total += float(kl_div(found, reference, log_target=True, reduction="sum"))
             units += len(reference)
-        return total / max(units, 1)
+        return max(total, 0.0) / max(units, 1)  # rounding can bring a KL of nothing below zero
 
     return distance
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from eckart.apply import apply_plan, curves_of
 from eckart.apply.crew import crew_of
-from eckart.apply.decide import check_budget, decide
+from eckart.apply.decide import check_allocation, check_budget, decide
 from eckart.apply.queue import Queue
 from eckart.apply.refit import check_blend, refit
 from eckart.arch import check_finite, find_sites, fingerprint
@@ -153,6 +153,8 @@ def compress(
     if known is not None:
         known.check(base_print)
     sites = _sites_of(loaded, given, include, exclude, embeddings, head)
+    if wanted is not None:
+        check_allocation(chosen, allocation, wanted, width)
     if wanted is not None and wanted.loss is None:
         check_budget(
             loaded.model,
