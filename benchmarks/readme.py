@@ -33,6 +33,43 @@ def quality(name: str, heading: str) -> list[str]:
     return [*lines, ""]
 
 
+def later_rows() -> list[str]:
+    """Bits, repair, streaming, onnxruntime."""
+    rows = []
+    if (found := read("bytes.json")) is not None:
+        plain, ours = found["rows"]["int4, nearest, groups of 128"], found["rows"]["Eckart, one budget"]
+        rows.append(
+            f"| Causal LM, maps in a quarter of their bf16 bytes: KL to the original | {ours['kl']:.4f} at "
+            f"{ours['share_of_bf16']:.3f} of bf16, int4 nearest {plain['kl']:.4f} at {plain['share_of_bf16']:.3f} | "
+            f"{found['ratio']:.2f} of int4's (asked 0.5) | `benchmarks/bytes.py` |"
+        )
+    if (found := read("compensate.json")) is not None:
+        four = found["rows"]["4 bits"]
+        for name in ("kfac, rank 32", "eora = qera, rank 32", "svd, rank 32"):
+            won = four["after"][name]
+            rows.append(
+                f"| Causal LM in 4 bits (nearest, per row), repaired: {name} | {four['before']:.4f} bits per byte "
+                f"lost, "
+                f"then {won['lost']:.4f} | {won['won_back']:.0%} won back (asked 50 %) | `benchmarks/compensate.py` |"
+            )
+    if (found := read("stream.json")) is not None:
+        rows.append(
+            f"| Streaming a {found['model_mb']:.0f} MB Llama of {found['layers']} blocks | peak "
+            f"{found['peak_mb']:.0f} MB of anonymous memory, bound {found['bound_mb']:.0f} MB; "
+            f"{found['files_compared']} files after three kills, "
+            f"{len(found['files_that_differ'])} differ | bookkeeping {found['bookkeeping_share']:.1%} | "
+            "`benchmarks/stream.py` |"
+        )
+    if (found := read("onnx.json")) is not None:
+        for row in found["minilm"]:
+            if row["graph"] == "int8" and row["model"] in ("dense", "keep 0.5"):
+                rows.append(
+                    f"| MiniLM in onnxruntime int8, 8 × 64 tokens: {row['model']} | {row['ms 8×64']:.0f} ms, "
+                    f"{row['megabytes']:.0f} MB | cosine {row['cosine']:.3f} | `benchmarks/onnx_export.py` |"
+                )
+    return rows
+
+
 def figures() -> str:
     """The Markdown between the markers."""
     lines = quality(
@@ -75,6 +112,7 @@ def figures() -> str:
             f"| Memory of calibrating MiniLM | peak {found['peak_mb']:.0f} MB above the loaded model | moments "
             f"{found['moments_mb']:.0f} MB + one batch {found['batch_mb']:.0f} MB | `benchmarks/memory.py` |"
         )
+    rows += later_rows()
     if rows:
         lines += ["| what | measured | ratio | script |", "|---|---|---|---|", *rows, ""]
     return "\n".join(lines)

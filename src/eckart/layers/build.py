@@ -21,7 +21,7 @@ from eckart.layers.embedding import (
     TiedLayer,
 )
 from eckart.layers.experts import FactoredExperts, expert_parameters, unsupported_experts
-from eckart.layers.linear import FactoredLinear, PivotedLinear, StructuredLinear, is_conv1d, is_narrowed
+from eckart.layers.linear import FactoredLinear, PivotedLinear, StructuredLinear, is_conv1d, is_narrowed, keep_mark
 from eckart.layers.narrow import NarrowColumns, NarrowLinear, NarrowRows, narrow_entry, smaller
 from eckart.layers.quantised import Quantised, QuantisedLinear, quantised_skeleton
 from eckart.records import FormKind, Site
@@ -239,7 +239,9 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
     if kind == "narrow":
         return original
     if kind == "quantised":
-        return quantised_skeleton(entry, original).train(original.training)
+        quantised = quantised_skeleton(entry, original)
+        keep_mark(original, quantised)
+        return quantised.train(original.training)
     if kind == "experts":
         weights = {name: (spec["form"], int(spec["rank"])) for name, spec in entry["weights"].items()}
         layer: nn.Module = FactoredExperts(original, weights)
