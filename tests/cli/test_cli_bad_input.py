@@ -127,7 +127,7 @@ CASES = {
     "export without output": (("export", "model", "--to", "dense"), "--output"),
     "evaluate alone": (("evaluate", "m"), "--against is missing"),
     "demo keep": (("demo", "--keep", "60"), "For 60 % write 0.6."),
-    "schema of nothing": (("schema", "calibrat"), "Did you mean 'calibrate'?"),
+    "schema of nothing": (("schema", "plam"), "Did you mean 'plan'?"),
 }
 
 

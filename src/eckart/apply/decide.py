@@ -22,7 +22,7 @@ from eckart.modules import NATIVE_KINDS, ModuleMethod, PreparedUnit, module_unit
 from eckart.moments import Moments
 from eckart.planning import Allocation, Curve, Plan, choices_for, solve, solve_groups
 from eckart.planning.make import write_plan
-from eckart.records import Budget, FormKind, Progress, Site, Size, silent
+from eckart.records import Budget, FormKind, Progress, Site, Size, Unit, silent
 
 
 def rest_of(model: nn.Module, sites: Sequence[Site]) -> Size:
@@ -193,21 +193,7 @@ def check_budget(
 ) -> None:
     """Raise BudgetError where no plan can meet the budget; needs no moments, so it comes before a calibration."""
     if isinstance(method, ModuleMethod):
-        units = units_of(model, sites, _parts(options, allocation or default_allocation(method)))
-        if not units:
-            raise InputError(no_units(model, sites, method.name))
-        table = Table(
-            model=model,
-            sites=sites,
-            moments=None,
-            prepared={},
-            units={each.unit.name: each for each in units},
-            cut={},
-            forms=("dense",),
-            bits=tuple(bits),
-            rank_multiple=rank_multiple,
-            min_rank=min_rank,
-        )
+        table = _flat(model, sites, method, options, allocation, bits, rank_multiple, min_rank)
         solve_groups(table.groups(), budget, rest_of(model, sites))
     elif not bits or budget.unit != "bytes":
         equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
@@ -216,6 +202,55 @@ def check_budget(
             f"the budget {budget} cannot be met: what is not compressed takes {rest_of(model, sites).bytes} bytes "
             "alone. Ask for more, or take in more sites (embeddings, head)."
         )
+
+
+def equal_widths(
+    model: nn.Module,
+    sites: Sequence[Site],
+    budget: Budget,
+    method: ModuleMethod,
+    options: Any,
+    allocation: Allocation | None,
+    rank_multiple: int,
+    min_rank: int,
+) -> tuple[list[Site | Unit], dict[str, tuple[FormKind, int, Size]]]:
+    """Units and sites with the form, width and size that they have at equal shares; needs no moments.
+
+    Raises BudgetError where no widths can meet the budget, InputError where nothing can become narrower.
+    """
+    table = _flat(model, sites, method, options, allocation, (), rank_multiple, min_rank)
+    curves = [curve for group in table.groups() for curve in group.alternatives[-1]]
+    picked = solve(curves, budget, rest_of(model, sites), "uniform", remainder=False)
+    found = {curve.site.name: (one.form, one.rank, one.size) for curve, one in zip(curves, picked, strict=True)}
+    return [curve.site for curve in curves], found
+
+
+def _flat(
+    model: nn.Module,
+    sites: Sequence[Site],
+    method: ModuleMethod,
+    options: Any,
+    allocation: Allocation | None,
+    bits: Sequence[int],
+    rank_multiple: int,
+    min_rank: int,
+) -> Table:
+    """The choices of a method of narrower modules before anything is known about losses."""
+    units = units_of(model, sites, _parts(options, allocation or default_allocation(method)))
+    if not units:
+        raise InputError(no_units(model, sites, method.name))
+    return Table(
+        model=model,
+        sites=sites,
+        moments=None,
+        prepared={},
+        units={each.unit.name: each for each in units},
+        cut={},
+        forms=("dense",),
+        bits=tuple(bits),
+        rank_multiple=rank_multiple,
+        min_rank=min_rank,
+    )
 
 
 def equal_shares(

@@ -40,7 +40,16 @@ Count = Annotated[
 ]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Bits = Annotated[Literal[8, 4, 2], BeforeValidator(lambda given: int(given) if str(given) in "842" else given)]
+
+
+def parse_bits(given: object) -> int:
+    """8, 4 or 2. Raises ValueError for anything else."""
+    if str(given) not in ("8", "4", "2"):
+        raise ValueError("expected 8, 4 or 2")
+    return int(str(given))
+
+
+Bits = Annotated[int, BeforeValidator(parse_bits), WithJsonSchema({"enum": [8, 4, 2]})]
 FormName = Literal["dense", "lowrank", "pivoted", "narrow"]
 
 
@@ -272,9 +281,7 @@ class CompressRecipe(Section):
         description="How often predicted losses are held against measured ones and the plan corrected. By default 1 "
         "with data and a global budget.",
     )
-    refit_blend: Annotated[
-        float | None, Field(ge=0, le=0.25), Flag("--refit-blend", "SHARE", "refit_blend", default="no refit")
-    ] = Field(
+    refit_blend: Annotated[float | None, Field(ge=0, le=0.25), Flag("--refit-blend", "SHARE", "refit_blend")] = Field(
         default=None,
         description="Fit the last factor of every map again on what the compressed model passes on, with this share "
         "(0 to 0.25) of the original's inputs in the target. Needs --data and twice the memory.",

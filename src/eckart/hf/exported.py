@@ -13,6 +13,10 @@ from eckart.errors import InputError
 def require_eckart(directory: str | Path) -> FolderState:
     """The state of a whole folder that ``eckart.save`` wrote; InputError for other folders, FileError for broken."""
     state = inspect_folder(directory).require_whole()
+    if state.kind == "dense":
+        raise InputError(
+            f"{directory} is a plain folder, which loads in transformers as it is; there is nothing to export."
+        )
     if state.kind != "eckart":
         raise InputError(f"expected a folder that eckart.save wrote; {directory} is for {state.loads}.")
     return state

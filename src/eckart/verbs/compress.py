@@ -239,8 +239,9 @@ def compress(
         crew=crew,
         progress=progress,
     )
-    if decision is not None and decision.probed is not None:
-        outcome = dataclasses.replace(outcome, predicted_loss=decision.probed)
+    if decision is not None:
+        predicted = outcome.predicted_loss if decision.probed is None else decision.probed
+        outcome = dataclasses.replace(outcome, method=chosen.name, predicted_loss=predicted)
     if original is not None and data is not None and refit_blend is not None:
         batches, _ = as_batches(
             loaded, data, part=part, field=field, samples=samples, length=length, batch_size=batch_size, seed=seed

@@ -10,16 +10,18 @@ from typing import Any
 import numpy
 
 from eckart.apply.choices import element_size
-from eckart.apply.decide import default_allocation, equal_shares
+from eckart.apply.decide import check_allocation, default_allocation, equal_shares, equal_widths
+from eckart.apply.units import units_of
 from eckart.arch import check_finite, find_sites, fingerprint, model_size, site_size
-from eckart.compression import get_method, options_for
+from eckart.compression import options_for
 from eckart.errors import InputError, problems
+from eckart.modules import ModuleMethod
 from eckart.moments import Moments
 from eckart.planning import Allocation, Plan, check, choices_for
-from eckart.records import Budget, FormKind, Progress, Site, Size, silent
+from eckart.records import Budget, FormKind, Progress, Site, Size, Unit, silent
 from eckart.verbs.calibrate import Gradients
 from eckart.verbs.models import DataLike, ModelLike, as_loaded
-from eckart.verbs.plan import DEFAULT_METHOD, FORMS, as_moments, budget_from
+from eckart.verbs.plan import DEFAULT_METHOD, FORMS, any_method, as_moments, bits_from, budget_from, rounds_from
 
 DOUBLE = 8
 """Bytes of a float64 number."""
@@ -65,8 +67,10 @@ def preview(
     embeddings: bool = False,
     head: bool = False,
     forms: Sequence[FormKind] = FORMS,
+    bits: Sequence[int] | None = None,
     rank_multiple: int = 1,
     min_rank: int = 1,
+    probe_rounds: int | None = None,
     part: str = "calibration",
     field: str | None = None,
     samples: int | None = None,
@@ -84,8 +88,8 @@ def preview(
     Same arguments as :func:`eckart.compress`; without budget and plan only the calibration is previewed.
     Raises the same errors as the real run does before its long work.
     """
-    chosen = get_method(method or DEFAULT_METHOD)
-    options_for(chosen, options or {})
+    chosen = any_method(method or DEFAULT_METHOD)
+    chosen_options = options_for(chosen, options or {})
     loaded = as_loaded(model, tokenizer, dtype=dtype, device=device)
     given = plan if plan is None or isinstance(plan, Plan) else Plan.load(plan)
     everything = given is not None
@@ -98,8 +102,11 @@ def preview(
     )
     if given is not None:
         given.check_model(fingerprint(loaded.model))
-        check(given, sites)
-        named = {step.site for step in given.steps}
+        check(given, sites, [each.unit for each in units_of(loaded.model, sites, None)])
+        units = {each.unit.name: each.unit for each in units_of(loaded.model, sites, None)}
+        named = {
+            name for step in given.steps for name in (units[step.site].sites if step.site in units else [step.site])
+        }
         sites = tuple(site for site in sites if site.name in named)
     check_finite(loaded.model, sites)
     known = as_moments(moments)
@@ -111,20 +118,31 @@ def preview(
     sites_before = sum(dense.values(), nothing)
     notes = []
     picked: Mapping[str, tuple[FormKind, int, Size]]
+    places: Sequence[Site | Unit] = sites
     if given is not None:
         picked = _planned(given, sites, loaded.model)
     elif keep is None and budget is None:
         picked = {}
     else:
         wanted = budget_from(keep, budget)
+        width = bits_from(bits, wanted, chosen, allocation)
+        rounds_from(probe_rounds, data is not None, wanted, chosen, allocation)
+        check_allocation(chosen, allocation, wanted, width)
         if wanted.loss is not None:
             raise InputError("a ceiling on the loss cannot be previewed: its ranks need the moments.")
         if (allocation or default_allocation(chosen)) != "uniform":
             notes.append("ranks are shown at equal shares; the real run moves them between sites")
-        wrong = [f"{site.name}: {why}" for site in sites if (why := chosen.fits(site))]
-        if wrong:
-            raise InputError(problems(f"method {chosen.name!r} cannot take every site", wrong))
-        picked = equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
+        if isinstance(chosen, ModuleMethod):
+            places, picked = equal_widths(
+                loaded.model, sites, wanted, chosen, chosen_options, allocation, rank_multiple, min_rank
+            )
+        else:
+            wrong = [f"{site.name}: {why}" for site in sites if (why := chosen.fits(site))]
+            if wrong:
+                raise InputError(problems(f"method {chosen.name!r} cannot take every site", wrong))
+            if width:
+                notes.append("bits are chosen in the real run; the sizes shown are without")
+            picked = equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
     sites_after = sum((size for _, _, size in picked.values()), nothing) if picked else sites_before
     after = Size(
         parameters=before.parameters - sites_before.parameters + sites_after.parameters,
@@ -134,7 +152,7 @@ def preview(
     collected = 0 if data is None and known is None else _moments_bytes(sites, gradients)
     largest = max((_work_bytes(site) for site in sites), default=0)
     return Preview(
-        steps=tuple(_row(site, picked[site.name], dense[site.name]) for site in sites if picked),
+        steps=tuple(_row(place, picked[place.name], dense.get(place.name)) for place in places if picked),
         sites_before=sites_before,
         sites_after=sites_after,
         model_before=before,
@@ -146,24 +164,35 @@ def preview(
     )
 
 
-def _row(site: Site, picked: tuple[FormKind, int, Size], dense: Size) -> dict[str, Any]:
+def _row(place: Site | Unit, picked: tuple[FormKind, int, Size], dense: Size | None) -> dict[str, Any]:
     form, rank, size = picked
+    shape: dict[str, int | None] = {"out": None, "in": None}
+    if isinstance(place, Unit):
+        before = place.full_rank * place.width_parameters
+    else:
+        shape = {"out": place.out_features, "in": place.in_features}
+        before = 0 if dense is None else dense.parameters
     return {
-        "site": site.name,
-        "out": site.out_features,
-        "in": site.in_features,
+        "site": place.name,
+        **shape,
         "form": form,
         "rank": rank,
-        "parameters_before": dense.parameters,
+        "parameters_before": before,
         "parameters_after": size.parameters,
     }
 
 
 def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[FormKind, int, Size]]:
+    """Form, rank and size of every site; those of a narrower unit share what it loses, bits are left out."""
     steps = {step.site: step for step in plan.steps}
+    units = {each.unit.name: each.unit for each in units_of(model, sites, None)}
     found: dict[str, tuple[FormKind, int, Size]] = {}
     for site in sites:
-        step = steps[site.name]
+        whole = site_size(site, element_size(model, site))
+        step = steps.get(site.name)
+        if step is None or step.form == "dense":
+            found[site.name] = ("dense", site.full_rank, whole)
+            continue
         choices = choices_for(
             site,
             numpy.zeros(site.full_rank + 1),
@@ -173,8 +202,21 @@ def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[F
             min_rank=1,
             bytes_per_number=element_size(model, site),
         )
-        chosen = next(c for c in choices if c.form == step.form and (c.form == "dense" or c.rank == step.rank))
+        chosen = next(c for c in choices if c.form == step.form and c.rank == step.rank)
         found[site.name] = (step.form, step.rank, chosen.size)
+    for step in plan.steps:
+        if step.form != "narrow" or step.site not in units:
+            continue
+        unit = units[step.site]
+        lost = (unit.full_rank - step.rank) * unit.width_parameters / sum(found[n][2].parameters for n in unit.sites)
+        for name in unit.sites:
+            before = found[name][2]
+            left = Size(
+                parameters=round(before.parameters * (1 - lost)),
+                bytes=round(before.bytes * (1 - lost)),
+                macs=round(before.macs * (1 - lost)),
+            )
+            found[name] = ("narrow", step.rank, left)
     return found
 
 
