@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eckart.arch import find_sites, get_module, site_matrices, skipped_sites
 from eckart.errors import InputError, MismatchError, problems
+from eckart.layers import NarrowColumns, NarrowRows
 from eckart.records import Site
 
 _COARSENESS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -69,6 +70,10 @@ def find_damage(base: nn.Module, damaged: nn.Module) -> Damage:
     notes: list[str] = []
     differing: list[Site] = []
     for site in linear:
+        if isinstance(get_module(damaged, site.name), (NarrowRows, NarrowColumns)):
+            # Values and queries may have another basis: such a map is comparable only with the others of its attention.
+            notes.append(f"{site.name} is narrower together with others, and stays as it is")
+            continue
         try:
             weight, bias = dense_map(get_module(damaged, site.name), site)
         except InputError as error:
