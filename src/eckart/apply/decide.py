@@ -199,8 +199,8 @@ def check_budget(
         equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
     elif budget.value <= rest_of(model, sites).bytes:
         raise BudgetError(
-            f"the budget {budget} cannot be met: what is not compressed takes {rest_of(model, sites).bytes} bytes "
-            "alone. Ask for more, or take in more sites (embeddings, head)."
+            f"the budget {budget} cannot be met: what is not compressed takes at least {rest_of(model, sites).bytes} "
+            "bytes alone. Ask for more, or take in more sites (embeddings, head)."
         )
 
 
