@@ -185,13 +185,12 @@ def narrow_layer(
     old = original.get_parameter("weight")
     transposed = is_conv1d(original)
     m, n = old.T.shape if transposed else old.shape
-    if rows is None and columns is None:
+    index = columns if rows is None else rows
+    if index is None:
         layer = smaller(original, weight.shape[0], weight.shape[1], bias is not None, blocks)
         inner, stored = layer, weight.T if transposed else weight
     else:
-        kind, index = (NarrowRows, rows) if rows is not None else (NarrowColumns, columns)
-        assert index is not None
-        narrow = kind(
+        narrow = (NarrowColumns if rows is None else NarrowRows)(
             n,
             m,
             len(index),
