@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from eckart.errors import InputError
@@ -203,6 +205,91 @@ class Claim:
     """Where the paper says so."""
     run: Callable[[], Verdict]
     """Runs in seconds, on seeds that were not chosen for the outcome."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One measured figure of a tensor, a model or a data set, with how sure it is."""
+
+    name: str
+    """What was measured, in snake case: ``stable_rank``."""
+    value: float | None
+    """None where it cannot be measured on this input; ``notes`` says why."""
+    uncertainty: float | None = None
+    """Half width of a 95 % interval in the units of ``value``; 0: exact up to rounding; None: not known."""
+    n: int | None = None
+    """How many samples (entries, eigenvalues, points, probes) it rests on."""
+    unit: str = ""
+    at_least: bool = False
+    """The true value lies at ``value`` or above, as where an estimator saturates."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know: what was dropped, where an assumption fails."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Plain data behind the figure, such as a curve: numbers, texts, lists and mappings of them."""
+
+    def __float__(self) -> float:
+        """The value; NaN where there is none."""
+        return math.nan if self.value is None else float(self.value)
+
+    def __str__(self) -> str:
+        if self.value is None:
+            shown = "not measured"
+        else:
+            shown = f"{'≥ ' if self.at_least else ''}{self.value:.4g}"
+            if self.uncertainty:
+                shown += f" ± {self.uncertainty:.2g}"
+            if self.unit:
+                shown += f" {self.unit}"
+        rest = [f"n = {self.n}"] if self.n is not None else []
+        return f"{self.name}: {shown}" + (f" ({'; '.join([*rest, *self.notes])})" if rest or self.notes else "")
+
+    def _repr_html_(self) -> str:
+        """The line for notebooks, with its notes below."""
+        first, *_ = str(replace(self, notes=())).splitlines()
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return f"<div>{html.escape(first)}{f'<ul>{notes}</ul>' if notes else ''}</div>"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; numbers that are not finite become None."""
+        return {f.name: as_plain(getattr(self, f.name)) for f in fields(self)}
+
+
+DiagnosticGroup = Literal["weights", "landscape", "data", "representations", "certificates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostic:
+    """A way to measure something, as a value for tables, docs and claims; ``entry`` is what people call."""
+
+    name: str
+    summary: str
+    group: DiagnosticGroup
+    paper: Paper
+    entry: Callable[..., Any]
+    """The public function, such as ``eckart.geometry.two_nn``; it takes tensors and gives a Finding or several."""
+    claim: Claim
+
+
+def as_plain(value: Any) -> Any:
+    """Dataclasses and mappings become objects, sets sorted lists, paths text, NaN and infinity null.
+
+    Raises TypeError for anything else that JSON does not know, a tensor or a function.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted((as_plain(item) for item in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [as_plain(item) for item in value]
+    raise TypeError(f"expected plain data; got {type(value).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eckart.cli.plain import as_plain
-from eckart.records import Evaluation, Outcome
+from eckart.records import Evaluation, Outcome, as_plain
 from eckart.report import format as fmt
 from eckart.report import render_terminal
 

@@ -23,9 +23,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bars
 
-from eckart.cli.plain import as_plain
 from eckart.errors import EckartWarning
-from eckart.records import Progress, silent
+from eckart.records import Progress, as_plain, silent
 
 PLAIN_WIDTH = 110
 """Columns of a result that goes into a file or a pipe."""

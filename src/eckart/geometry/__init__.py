@@ -1,0 +1,1 @@
+"""The shape of data and of representations: dimension, entropy, collapse, alignment, margins."""

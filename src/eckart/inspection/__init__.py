@@ -1,0 +1,1 @@
+"""A look at everything that a model or a file of weights holds."""

@@ -1,0 +1,1 @@
+"""What the loss looks like around a point: intrinsic dimension, curvature, stability."""

@@ -1,0 +1,1 @@
+"""What the spectrum of a weight says: norms, ranks, noise edges, tails, defects."""
