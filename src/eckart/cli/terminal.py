@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -127,8 +128,14 @@ def _standing(output: Path | None, before: tuple[int, int] | None) -> str:
     return f"Interrupted. {output} is new and whole."
 
 
+_CHATTER = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, while transformers imports torchao, of kernels for GPUs that are not there."""
+
+
 def show_warnings() -> None:
     """Print Eckart's own warnings as one plain line each on stderr; others as Python does."""
+    for name in _CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     usual = warnings.showwarning
     leading = Terminal().leading
 
