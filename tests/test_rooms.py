@@ -28,6 +28,7 @@ ORDER = [
     "compression",
     "modules",
     "compensation",
+    "adaptation",
     "planning",
     "apply",
     "training",

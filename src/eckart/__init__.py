@@ -15,9 +15,10 @@ from eckart.errors import (
     MismatchError,
     NotFiniteError,
 )
-from eckart.records import Budget, Claim, Evaluation, Outcome, Paper, Rank, Site, Size
+from eckart.records import Budget, Claim, Evaluation, Finding, Outcome, Paper, Rank, Site, Size
 
 if TYPE_CHECKING:
+    from eckart.hf.adapters.config import AdapterConfig
     from eckart.moments import Moments
     from eckart.planning import Plan
     from eckart.verbs.calibrate import calibrate
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from eckart.verbs.compensate import compensate
     from eckart.verbs.compress import compress
     from eckart.verbs.demo import demo
+    from eckart.verbs.dimension import dimension
     from eckart.verbs.doctor import doctor
     from eckart.verbs.evaluate import evaluate
     from eckart.verbs.export import export
+    from eckart.verbs.inspect import inspect
     from eckart.verbs.load import load
     from eckart.verbs.methods import methods
     from eckart.verbs.plan import plan
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterConfig",
     "Budget",
     "BudgetError",
     "Claim",
@@ -45,6 +49,7 @@ __all__ = [
     "EckartWarning",
     "Evaluation",
     "FileError",
+    "Finding",
     "InputError",
     "MismatchError",
     "Moments",
@@ -61,9 +66,11 @@ __all__ = [
     "compress",
     "compress_stream",
     "demo",
+    "dimension",
     "doctor",
     "evaluate",
     "export",
+    "inspect",
     "load",
     "methods",
     "plan",
@@ -72,8 +79,11 @@ __all__ = [
 ]
 
 # Names whose modules import torch: fetched when first used, so that `import eckart` costs milliseconds.
-_VERBS = "calibrate claims compensate compress demo doctor evaluate export load methods plan preview save"
+_VERBS = (
+    "calibrate claims compensate compress demo dimension doctor evaluate export inspect load methods plan preview save"
+)
 _LAZY = {verb: f"eckart.verbs.{verb}" for verb in _VERBS.split()} | {
+    "AdapterConfig": "eckart.hf.adapters.config",
     "Moments": "eckart.moments",
     "compress_stream": "eckart.verbs.stream",
     "Plan": "eckart.planning",

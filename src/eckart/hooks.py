@@ -18,6 +18,7 @@ from types import ModuleType
 AWAITED = {
     "transformers.modeling_utils": "eckart.hf.registry",
     "peft.tuners.lora.model": "eckart.hf.lora_layers",
+    "peft": "eckart.hf.adapters.tuner",
 }
 """The module that is waited for → the one whose ``register()`` is called then."""
 

@@ -15,6 +15,8 @@ TEXT = {"vocab_size": 257, "hidden_size": 32, "num_attention_heads": 4, "max_pos
 DEEP = {**TEXT, "intermediate_size": 48, "num_hidden_layers": 4}
 GROUPED = {**DEEP, "num_key_value_heads": 2}
 
+MIXED = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
 MODELS = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)),
     "llama-tied-bf16": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, tie_word_embeddings=True)).bfloat16(),
@@ -28,6 +30,9 @@ MODELS = {
         tf.GPT2Config(vocab_size=257, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
     ),
     "bert": lambda: tf.BertModel(tf.BertConfig(**DEEP, pad_token_id=0)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=3)),
+    "qwen2-moe": lambda: tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**MIXED, shared_expert_intermediate_size=32)),
+    "qwen3-moe-bf16": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**MIXED, head_dim=8)).bfloat16(),
     "bert-mlm": lambda: tf.BertForMaskedLM(tf.BertConfig(**DEEP, pad_token_id=0)),
 }
 

@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from streamed_tiny_models import ASKED, DEEP, GROUPED, TEXT, save, tf, tiny
 from torch import nn
 
 import eckart
 from eckart.checkpoint.weights import TensorWriter
 from eckart.errors import BudgetError, EckartWarning, FileError, InputError, NotFiniteError
+from eckart.records import Budget
 from eckart.streaming import Route
 from eckart.verbs import stream as verb
 
@@ -37,7 +39,14 @@ def refuse(model, tmp_path, kind, words, **asked):
         ({"data": None}, InputError, "needs calibration data"),
         ({"gradients": "none"}, InputError, "gradients='none' collects none"),
         ({"method": "whitened", "probes": 2}, InputError, "needs gradients"),
-        ({"forms": ("dense", "narrow")}, InputError, "narrow"),
+        ({"forms": ("dense", "narrow")}, InputError, "--method modules"),
+        ({"method": "modules", "allocation": "global"}, InputError, "one width"),
+        ({"method": "modules", "bits": (8,)}, InputError, "as they are"),
+        ({"method": "modules", "keep": 0.01}, BudgetError, "cannot be met"),
+        ({"method": "modules", "exclude": ["down_proj"]}, InputError, "select whole blocks"),
+        ({"method": "whitened", "bits": (8,)}, InputError, "one global budget"),
+        ({"bits": (5,)}, InputError, "each once"),
+        ({"keep": None, "budget": Budget(bytes=60_000)}, BudgetError, "the least with these sites"),
         ({"keep": 0.001}, BudgetError, "cannot be met"),
         ({"include": ["q_prj"]}, InputError, "q_proj"),
         ({"max_shard_size": "large"}, InputError, "5GB"),
@@ -101,6 +110,35 @@ def test_weights_that_are_not_finite(tmp_path):
     refuse(save(model, tmp_path / "model"), tmp_path, NotFiniteError, "layers.1.mlp.up_proj")
 
 
+def test_a_mixture_that_lacks_an_expert(tmp_path):
+    folder = tiny("mixtral", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refuse(folder, tmp_path, FileError, "layers.1.mlp.experts.gate_up_proj")
+
+
+def test_an_expert_that_is_not_finite(tmp_path):
+    folder = tiny("mixtral", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.block_sparse_moe.experts.1.w2.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refuse(folder, tmp_path, NotFiniteError, "layers.2.mlp.experts.down_proj")
+
+
+def test_experts_that_no_token_reached_are_named(tmp_path):
+    torch.manual_seed(0)
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=3, num_experts_per_tok=1))
+    with torch.no_grad():
+        gate = model.model.layers[2].mlp.gate.weight
+        gate[1], gate[2] = -gate[0], 0.0  # the largest of x, -x and 0 is never the last
+    folder = save(model, tmp_path / "model")
+    with pytest.warns(EckartWarning, match=r"no calibration token reached 2 expert .*layers.2.mlp.experts.*: 2\)"):
+        made = eckart.compress_stream(folder, tmp_path / "out", **ASKED)
+    assert "no calibration token reached 2 expert matrices of 2 sites" in made.outcome.notes[0]
+    assert made.outcome.notes[0] in (tmp_path / "out" / "eckart.json").read_text()
+
+
 def test_two_dtypes(tmp_path):
     torch.manual_seed(0)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)).bfloat16()
@@ -115,11 +153,6 @@ ARCHITECTURES = {
         ),
         InputError,
         "2: decoder, encoder",
-    ),
-    "experts that are split in the files": (
-        lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2)),
-        FileError,
-        "renames or fuses",
     ),
     "shared blocks": (
         lambda: tf.AlbertModel(tf.AlbertConfig(**DEEP, embedding_size=16)),
@@ -206,8 +239,6 @@ def test_the_writer(tmp_path):
         for name in layout:
             writer.write(name, values[name])
     assert writer.mark.fits(path, content=True)
-    from safetensors.torch import load_file
-
     found = load_file(path)
     assert set(found) == set(values)
     assert all(torch.equal(found[name], values[name]) for name in values)

@@ -12,6 +12,7 @@ import eckart
 from eckart.checkpoint import claim_output
 from eckart.checkpoint.atomic import work_folder
 from eckart.errors import FileError, MismatchError
+from eckart.records import Budget
 from eckart.streaming import Journal
 from eckart.streaming import journal as journal_module
 from eckart.verbs import stream as verb
@@ -61,6 +62,29 @@ def test_killed_once(units, model, uninterrupted, tmp_path, monkeypatch):
     assert made.resumed
     assert contents(out) == uninterrupted
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("mixtral", {}),
+        ("llama", {"keep": None, "budget": Budget(bytes=95_000)}),
+        ("llama", {"method": "modules", "keep": 0.8}),
+    ],
+    ids=["experts", "bits", "modules"],
+)
+def test_other_requests_end_in_the_same_bytes_too(name, asked, tmp_path, monkeypatch):
+    folder = tiny(name, tmp_path / "model")
+    asked = {**ASKED, **asked}
+    whole = eckart.compress_stream(folder, tmp_path / "whole", **asked)
+    assert any(step.bits for step in whole.plan.steps) == ("budget" in asked)
+    for units in (8, 4, 3):  # of 2 + 5 + 1 + 4 + 5: in the backward pass, then twice while writing
+        with monkeypatch.context() as patch:
+            kill_after(patch, units)
+            with pytest.raises(Killed):
+                eckart.compress_stream(folder, tmp_path / "out", **asked)
+    eckart.compress_stream(folder, tmp_path / "out", **asked)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_killed_again_and_again_makes_every_unit_once(model, uninterrupted, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.arch import find_sites
 from eckart.errors import InputError, NotFiniteError
 from eckart.moments import SiteMoments, collect
-from eckart.training import GroupSparseInt4, group_sparsify, quantiser_parameters
+from eckart.training import GroupSparseInt4, group_sparse, group_sparsify, quantiser_parameters
 from eckart.training.gqsa import kept_groups, refitted
 
 
@@ -97,7 +97,7 @@ def test_the_refit_lowers_the_error_of_the_outputs() -> None:
     layer = linear(width=64)
     missed = {}
     for refit in (True, False):
-        coded = GroupSparseInt4.from_linear(layer, moments_of(X), refit=refit)
+        coded = group_sparse(layer, moments_of(X), refit=refit)
         missed[refit] = float((X @ (layer.weight - coded.matrix()).detach().T).square().sum())
         total = float((X @ layer.weight.detach().T).square().sum())
         assert coded.error == pytest.approx(missed[refit] / total)
@@ -106,7 +106,7 @@ def test_the_refit_lowers_the_error_of_the_outputs() -> None:
 
 def test_rounding_alone_is_within_half_a_step() -> None:
     layer = linear(out=40)
-    coded = GroupSparseInt4.from_linear(layer, moments_of(inputs()), sparsity=0.0)
+    coded = group_sparse(layer, moments_of(inputs()), sparsity=0.0)
     groups = layer.weight.detach().reshape(40, 2, 16)
     step = (groups.amax(-1) - groups.amin(-1)) / 15
     missed = (groups - coded.matrix().detach().reshape(40, 2, 16)).abs().amax(-1)
@@ -119,7 +119,7 @@ def test_constant_groups_and_zero_weights_survive() -> None:
     with torch.no_grad():
         layer.weight[:6] = 0.25
         layer.weight[6:] = 0
-    coded = GroupSparseInt4.from_linear(layer, sparsity=0.0)
+    coded = group_sparse(layer, sparsity=0.0)
     torch.testing.assert_close(coded.matrix().detach(), layer.weight.detach(), atol=1e-9, rtol=1e-7)
 
 
@@ -130,7 +130,7 @@ def test_constant_groups_and_zero_weights_survive() -> None:
 def test_forward_multiplies_by_the_decoded_weight(sparsity: float, per_row: bool, group: int) -> None:
     X = inputs(width=64)
     layer = linear(width=64)
-    coded = GroupSparseInt4.from_linear(layer, moments_of(X), sparsity=sparsity, per_row=per_row, group=group)
+    coded = group_sparse(layer, moments_of(X), sparsity=sparsity, per_row=per_row, group=group)
     W = decoded(coded)
     assert coded.row_pointers[-1] == len(coded.scales) == round((1 - sparsity) * 12 * 64 / group)
     torch.testing.assert_close(coded.matrix().detach(), W)
@@ -143,7 +143,7 @@ def test_forward_multiplies_by_the_decoded_weight(sparsity: float, per_row: bool
 
 def test_stored_bits_are_those_of_the_docstring() -> None:
     layer = nn.Linear(1024, 16, bias=False)
-    coded = GroupSparseInt4.from_linear(layer).half()
+    coded = group_sparse(layer).half()
     assert coded.stored_bits() == 16 * 1024 * 3.25 + 32 * 17
     assert coded.columns.dtype == torch.uint8
     assert GroupSparseInt4(16 * 257, 2, kept=3).columns.dtype == torch.int16
@@ -152,7 +152,7 @@ def test_stored_bits_are_those_of_the_docstring() -> None:
 def test_the_second_stage_trains_scales_and_zeros_alone() -> None:
     X = inputs(width=64)
     layer = linear(width=64)
-    model = nn.Sequential(GroupSparseInt4.from_linear(layer, moments_of(X)))
+    model = nn.Sequential(group_sparse(layer, moments_of(X)))
     wanted = layer(X).detach()
     codes = model[0].packed.clone()
     parameters = quantiser_parameters(model)
@@ -172,7 +172,7 @@ def test_the_second_stage_trains_scales_and_zeros_alone() -> None:
 
 
 def test_gradients_of_scales_and_zeros_are_those_of_the_decoded_weight() -> None:
-    coded = GroupSparseInt4.from_linear(linear(out=3), moments_of(inputs()), sparsity=0.5)
+    coded = group_sparse(linear(out=3), moments_of(inputs()), sparsity=0.5)
     scales, zeros = coded.scales.detach().clone(), coded.zeros.detach().clone()
 
     def matrix(s: Tensor, z: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def test_gradients_of_scales_and_zeros_are_those_of_the_decoded_weight() -> None
 
 
 def test_saves_loads_copies_and_changes_precision(tmp_path: Path) -> None:
-    coded = GroupSparseInt4.from_linear(linear(torch.float32), moments_of(inputs()), per_row=False)
+    coded = group_sparse(linear(torch.float32), moments_of(inputs()), per_row=False)
     x = inputs(5).float()
     save_file(coded.state_dict(), tmp_path / "layer.safetensors")
     other = GroupSparseInt4(32, 12, kept=12)
@@ -236,15 +236,15 @@ def test_a_model_is_coded_in_place_with_an_honest_report() -> None:
 
 def test_wrong_options_are_named_at_once() -> None:
     with pytest.raises(InputError, match=r"(?s)group is even.*sparsity.*damping"):
-        GroupSparseInt4.from_linear(linear(), group=5, sparsity=1.0, damping=0.0)
+        group_sparse(linear(), group=5, sparsity=1.0, damping=0.0)
     with pytest.raises(InputError, match="over 32 inputs"):
-        GroupSparseInt4.from_linear(linear(), moments_of(inputs(width=16)))
+        group_sparse(linear(), moments_of(inputs(width=16)))
     with pytest.raises(InputError, match="over 32 inputs; got none"):
-        GroupSparseInt4.from_linear(linear(), SiteMoments(count=3))
+        group_sparse(linear(), SiteMoments(count=3))
     with pytest.raises(InputError, match="kept is in 1 … 24"):
         GroupSparseInt4(32, 12, kept=25)
     with pytest.raises(InputError, match="2-D weight"):
-        GroupSparseInt4.from_linear(nn.Conv2d(16, 4, 1))
+        group_sparse(nn.Conv2d(16, 4, 1))
 
 
 def test_wrong_models_and_weights_are_named() -> None:
@@ -256,4 +256,4 @@ def test_wrong_models_and_weights_are_named() -> None:
     with torch.no_grad():
         broken.weight[0, 0] = float("nan")
     with pytest.raises(NotFiniteError):
-        GroupSparseInt4.from_linear(broken)
+        group_sparse(broken)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.arch import find_sites
 from eckart.errors import InputError, NotFiniteError
 from eckart.moments import collect
-from eckart.training import LR2VQConv2d, LR2VQLinear, quantise_vectors
+from eckart.training import LR2VQLinear, quantise_vectors, vector_coded, vector_coded_conv
 from eckart.training.lr2vq import fit_vectors, represent
 
 
@@ -95,7 +95,7 @@ def test_the_diagonal_moves_the_error_to_inputs_that_matter_less() -> None:
     diagonal[:8] = 100
     missed = {}
     for name, given in (("plain", None), ("weighted", diagonal)):
-        layer = LR2VQLinear.from_linear(linear, subvector=8, dimension=8, codes=32, diagonal=given)
+        layer = vector_coded(linear, subvector=8, dimension=8, codes=32, diagonal=given)
         missed[name] = (linear.weight - layer.matrix()).detach().square().sum(0)
     assert missed["weighted"][:8].sum() < 0.7 * missed["plain"][:8].sum()
     assert missed["weighted"][8:].sum() > missed["plain"][8:].sum()
@@ -105,7 +105,7 @@ def test_auto_finds_the_dimension_of_weights_in_a_subspace() -> None:
     linear = nn.Linear(32, 64)
     with torch.no_grad():
         linear.weight.copy_((gaussian(256, 3) @ gaussian(3, 8, seed=1)).reshape(64, 32))
-    assert LR2VQLinear.from_linear(linear, subvector=8, codes=32).dimension == 3
+    assert vector_coded(linear, subvector=8, codes=32).dimension == 3
 
 
 # ---- the layers
@@ -114,7 +114,7 @@ def test_auto_finds_the_dimension_of_weights_in_a_subspace() -> None:
 @pytest.mark.parametrize(("dimension", "codes"), [(2, 5), (4, 16), (8, 16)])
 def test_linear_computes_with_the_decoded_weight(dimension: int, codes: int) -> None:
     linear = nn.Linear(24, 10)
-    layer = LR2VQLinear.from_linear(linear, subvector=8, dimension=dimension, codes=codes)
+    layer = vector_coded(linear, subvector=8, dimension=dimension, codes=codes)
     assert (layer.projection is None) == (dimension == 8)
     W = decoded_linear(layer)
     torch.testing.assert_close(layer.matrix().detach(), W)
@@ -128,24 +128,24 @@ def test_linear_computes_with_the_decoded_weight(dimension: int, codes: int) -> 
 
 def test_as_many_codes_as_subvectors_is_the_weight_itself() -> None:
     linear = nn.Linear(16, 8).double()
-    layer = LR2VQLinear.from_linear(linear, subvector=4, dimension=4, codes=None)
+    layer = vector_coded(linear, subvector=4, dimension=4, codes=None)
     torch.testing.assert_close(layer.matrix(), linear.weight)
 
 
 def test_a_trained_low_rank_layer_is_clustered_from_itself() -> None:
-    low_rank = LR2VQLinear.from_linear(nn.Linear(16, 32), subvector=8, dimension=3, codes=None)
+    low_rank = vector_coded(nn.Linear(16, 32), subvector=8, dimension=3, codes=None)
     with torch.no_grad():
         low_rank.projection.mul_(1.5)
-    again = LR2VQLinear.from_linear(low_rank, subvector=8, dimension=3, codes=None)
+    again = vector_coded(low_rank, subvector=8, dimension=3, codes=None)
     torch.testing.assert_close(again.matrix(), low_rank.matrix(), atol=1e-5, rtol=1e-4)
-    coded = LR2VQLinear.from_linear(low_rank, subvector=8, dimension=3, codes=16)
+    coded = vector_coded(low_rank, subvector=8, dimension=3, codes=16)
     assert coded.error is not None
     assert 0 < coded.error < 0.5
 
 
 def test_conv_computes_with_the_decoded_kernel() -> None:
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=1)
-    layer = LR2VQConv2d.from_conv(conv, subvector=6, dimension=3, codes=8)
+    layer = vector_coded_conv(conv, subvector=6, dimension=3, codes=8)
     dense = copy.deepcopy(conv)
     with torch.no_grad():
         dense.weight.copy_(layer.matrix().reshape(6, 4, 3, 3))
@@ -157,7 +157,7 @@ def test_conv_computes_with_the_decoded_kernel() -> None:
 
 
 def test_gradients_go_through_the_gather_to_codes_and_projection() -> None:
-    layer = LR2VQLinear.from_linear(nn.Linear(12, 6).double(), subvector=4, dimension=2, codes=5)
+    layer = vector_coded(nn.Linear(12, 6).double(), subvector=4, dimension=2, codes=5)
     x = gaussian(7, 12)
     layer(x).square().sum().backward()
     dense = layer.to_dense()
@@ -173,7 +173,7 @@ def test_training_lowers_the_error_that_the_fit_left() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(16, 16)
     x = gaussian(200, 16).float() @ gaussian(16, 16, seed=1).float()
-    layer = LR2VQLinear.from_linear(linear, subvector=4, dimension=2, codes=8)
+    layer = vector_coded(linear, subvector=4, dimension=2, codes=8)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
     losses = []
     for _ in range(150):
@@ -186,7 +186,7 @@ def test_training_lowers_the_error_that_the_fit_left() -> None:
 
 
 def test_baked_layer_is_free_of_the_projection() -> None:
-    layer = LR2VQLinear.from_linear(nn.Linear(16, 8, bias=False), subvector=8, dimension=2, codes=6)
+    layer = vector_coded(nn.Linear(16, 8, bias=False), subvector=8, dimension=2, codes=6)
     baked = layer.bake()
     assert baked.projection is None
     assert set(baked.state_dict()) == {"codebook", "assignments"}
@@ -203,13 +203,13 @@ def test_assignments_take_the_smallest_integer(codes: int, dtype: torch.dtype) -
 
 
 def test_stored_bits_count_integers_codes_and_projection() -> None:
-    layer = LR2VQLinear.from_linear(nn.Linear(32, 64), subvector=8, dimension=4, codes=16)
+    layer = vector_coded(nn.Linear(32, 64), subvector=8, dimension=4, codes=16)
     assert layer.stored_bits() == 8 * 256 + 32 * (16 * 4 + 8 * 4)
     assert layer.half().stored_bits() == 8 * 256 + 16 * (16 * 4 + 8 * 4)
 
 
 def test_saves_loads_copies_and_changes_precision(tmp_path: Path) -> None:
-    layer = LR2VQLinear.from_linear(nn.Linear(16, 8), subvector=4, dimension=2, codes=6)
+    layer = vector_coded(nn.Linear(16, 8), subvector=4, dimension=2, codes=6)
     x = gaussian(3, 16).float()
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     other = LR2VQLinear(16, 8, subvector=4, dimension=2, codes=6)
@@ -227,7 +227,7 @@ def test_saves_loads_copies_and_changes_precision(tmp_path: Path) -> None:
 def test_fits_bfloat16_layers_and_draws_nothing_global() -> None:
     linear = nn.Linear(16, 8).bfloat16()
     before = torch.get_rng_state()
-    layer = LR2VQLinear.from_linear(linear, subvector=4, dimension=4, codes=32)
+    layer = vector_coded(linear, subvector=4, dimension=4, codes=32)
     assert torch.equal(before, torch.get_rng_state())
     assert layer.codebook.dtype == torch.bfloat16
     torch.testing.assert_close(layer.matrix(), linear.weight, atol=0.01, rtol=0.01)  # a code each, rounded twice
@@ -303,18 +303,18 @@ def test_moments_of_the_model_weigh_the_fit() -> None:
 def test_wrong_sizes_are_refused(given: dict[str, object], message: str) -> None:
     sizes: dict[str, object] = {"subvector": 4, "codes": 4, "dimension": 2, **given}
     with pytest.raises(InputError, match=message):
-        LR2VQLinear.from_linear(nn.Linear(16, 8), **sizes)  # type: ignore[arg-type]
+        vector_coded(nn.Linear(16, 8), **sizes)  # type: ignore[arg-type]
 
 
 def test_wrong_layers_are_refused() -> None:
     with pytest.raises(InputError, match="2-D weight"):
-        LR2VQLinear.from_linear(nn.ReLU(), subvector=4, codes=4, dimension=2)
+        vector_coded(nn.ReLU(), subvector=4, codes=4, dimension=2)
     with pytest.raises(InputError, match="one group"):
-        LR2VQConv2d.from_conv(nn.Conv2d(4, 4, 3, groups=2), subvector=3, codes=4, dimension=2)
+        vector_coded_conv(nn.Conv2d(4, 4, 3, groups=2), subvector=3, codes=4, dimension=2)
     linear = nn.Linear(16, 8)
     with torch.no_grad():
         linear.weight[0, 0] = float("inf")
     with pytest.raises(NotFiniteError):
-        LR2VQLinear.from_linear(linear, subvector=4, codes=4, dimension=2)
+        vector_coded(linear, subvector=4, codes=4, dimension=2)
     with pytest.raises(InputError, match="no map can be coded"):
         quantise_vectors(nn.Sequential(nn.Linear(7, 5)), subvector=4, codes=2)

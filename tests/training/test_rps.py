@@ -13,8 +13,8 @@ from torch.nn.functional import embedding, linear
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import InputError, NotFiniteError
+from eckart.linalg.hashed import permutation
 from eckart.training import StableRPS
-from eckart.training.hashed import permutation
 from eckart.training.rps import PARTITIONS, random_fold
 
 

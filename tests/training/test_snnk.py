@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eckart.errors import InputError, NotFiniteError
-from eckart.training import SNNKLinear, bundle, snnk
-from eckart.training.hashed import gaussians
+from eckart.linalg.hashed import gaussians
+from eckart.training import SNNKLinear, bundle, fit_features, raw_estimate, snnk
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -53,7 +53,7 @@ def test_the_raw_estimate_is_unbiased_for_the_exponential(scale: float) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(4, 3).double()
     x = 0.4 * gaussian(5, 4)
-    estimates = [SNNKLinear.from_linear(linear, features=400, scale=scale, seed=s)(x).detach() for s in range(200)]
+    estimates = [raw_estimate(linear, features=400, scale=scale, seed=s)(x).detach() for s in range(200)]
     stacked = torch.stack(estimates)
     wanted = linear(x).exp().detach()
     standard_error = stacked.std(0) / math.sqrt(len(estimates))
@@ -82,7 +82,7 @@ def test_fit_solves_the_normal_equations(bias: bool, ridge: float, monkeypatch: 
     layer = SNNKLinear(12, 5, 30, scale=0.3, bias=bias, dtype=torch.float64)
     X = gaussian(150, 12)
     Y = mlp()(X).detach()
-    error = layer.fit(X, Y, ridge=ridge)
+    error = fit_features(layer, X, Y, ridge=ridge)
     P, T = layer.lift(X), Y
     if bias:
         P, T = P - P.mean(0), T - T.mean(0)
@@ -106,7 +106,7 @@ def test_the_closed_form_is_good_where_the_raw_estimate_is_worse_than_the_mean()
     linear = nn.Linear(12, 8).double()
     inputs, unseen = (nn.functional.layer_norm(gaussian(2000, 12, seed=s), (12,)) for s in (1, 2))
     wanted = linear(unseen).exp().detach()
-    raw = SNNKLinear.from_linear(linear, features=128)(unseen).detach()
+    raw = raw_estimate(linear, features=128)(unseen).detach()
     ridge = bundle(lambda x: linear(x).exp(), inputs, features=128)(unseen).detach()
     assert relative_error(raw, wanted) > 1
     assert relative_error(ridge, wanted) < 0.1
@@ -184,10 +184,10 @@ def test_wrong_sizes_are_named_at_once() -> None:
     with pytest.raises(InputError, match="seed"):
         SNNKLinear(3, 3, 3, seed=-1)
     with pytest.raises(InputError, match=r"(?s)inputs.*outputs.*ridge"):
-        SNNKLinear(3, 2, 4).fit(torch.ones(5, 4), torch.ones(4, 2), ridge=-1.0)
+        fit_features(SNNKLinear(3, 2, 4), torch.ones(5, 4), torch.ones(4, 2), ridge=-1.0)
 
 
 def test_features_that_overflow_are_refused() -> None:
     layer = SNNKLinear(3, 2, 4, scale=1.0, dtype=torch.float64)
     with pytest.raises(NotFiniteError, match="smaller scale"):
-        layer.fit(torch.full((5, 3), float("inf"), dtype=torch.float64), torch.ones(5, 2))
+        fit_features(layer, torch.full((5, 3), float("inf"), dtype=torch.float64), torch.ones(5, 2))

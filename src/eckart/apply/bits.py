@@ -27,7 +27,7 @@ from eckart.linalg import round_groups, weighted_factors
 from eckart.moments import SiteMoments
 from eckart.planning import Choices, Step, quantised_bytes, with_bits
 from eckart.planning.curve import FORMS, Choice
-from eckart.records import Site, Size, Unit
+from eckart.records import FormKind, Site, Size, Unit
 
 GROUP = 128
 """Columns that share a scale."""
@@ -91,14 +91,23 @@ def site_bits(
                                        bytes_per_number)  # fmt: skip
             else:
                 noise[rows] = _noise(part, form, k, width, metric)
-                rest, index = (m - k, m * 4) if form == "pivoted" else (np.full_like(k, m), 0)
-                size[rows] = (
-                    quantised_bytes(k, n, width, GROUP, bytes_per_number)
-                    + quantised_bytes(rest, k, width, GROUP, bytes_per_number)
-                    + index
-                )
+                size[rows] = factor_bytes(site, form, k, width, bytes_per_number)
         found.append(with_bits(choices, width, noise, size))
     return Choices.joined(found)
+
+
+def factor_bytes(
+    site: Site, form: FormKind, ranks: NDArray[np.int64], bits: int, bytes_per_number: int
+) -> NDArray[np.int64]:
+    """Bytes of both factors of a site in few bits, at every rank; of the pivoted form with its indices."""
+    m, n = site.out_features, site.in_features
+    rest, index = (m - ranks, m * 4) if form == "pivoted" else (np.full_like(ranks, m), 0)
+    found: NDArray[np.int64] = (
+        quantised_bytes(ranks, n, bits, GROUP, bytes_per_number)
+        + quantised_bytes(rest, ranks, bits, GROUP, bytes_per_number)
+        + index
+    )
+    return found
 
 
 def unit_bits(

@@ -193,7 +193,7 @@ def check_budget(
 ) -> None:
     """Raise BudgetError where no plan can meet the budget; needs no moments, so it comes before a calibration."""
     if isinstance(method, ModuleMethod):
-        table = _flat(model, sites, method, options, allocation, bits, rank_multiple, min_rank)
+        table = flat_table(model, sites, method, options, allocation, bits, rank_multiple, min_rank)
         solve_groups(table.groups(), budget, rest_of(model, sites))
     elif not bits or budget.unit != "bytes":
         equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
@@ -218,14 +218,14 @@ def equal_widths(
 
     Raises BudgetError where no widths can meet the budget, InputError where nothing can become narrower.
     """
-    table = _flat(model, sites, method, options, allocation, (), rank_multiple, min_rank)
+    table = flat_table(model, sites, method, options, allocation, (), rank_multiple, min_rank)
     curves = [curve for group in table.groups() for curve in group.alternatives[-1]]
     picked = solve(curves, budget, rest_of(model, sites), "uniform", remainder=False)
     found = {curve.site.name: (one.form, one.rank, one.size) for curve, one in zip(curves, picked, strict=True)}
     return [curve.site for curve in curves], found
 
 
-def _flat(
+def flat_table(
     model: nn.Module,
     sites: Sequence[Site],
     method: ModuleMethod,

@@ -81,18 +81,32 @@ def prepare_site(
     Options that leave ρ to the halves of the calibration look at both, also where ``half`` fits on one of them: the
     choice among six numbers is all that it learns of the other.
     """
-    slices, errors = [], []
-    for index, weights in enumerate(site_matrices(model, site)):
-        known = site_moments(moments, site, index, half)
-        asked = options
-        if moments is not None and wants_halves(options):
-            halves = (moments.site(site.name, index, "A"), moments.site(site.name, index, "B"))
-            asked = chosen(weights, halves, options)
-        part = method.prepare(weights, known, asked)
-        scale = known.loss_scale if known is not None and method.loss_units else 1.0
-        slices.append(part)
-        errors.append(scale * part.errors)
-    return PreparedSite(site=site, slices=tuple(slices), errors=torch.stack(errors).sum(0))
+    found = [
+        prepare_slice(site, weights, index, moments, method, options, half)
+        for index, weights in enumerate(site_matrices(model, site))
+    ]
+    errors = torch.stack([each for _, each in found]).sum(0)
+    return PreparedSite(site=site, slices=tuple(part for part, _ in found), errors=errors)
+
+
+def prepare_slice(
+    site: Site,
+    weights: Mapping[str, Tensor],
+    index: int,
+    moments: Moments | None,
+    method: CompressMethod,
+    options: Any,
+    half: Half | None = None,
+) -> tuple[Prepared, Tensor]:
+    """Decompose one matrix of a site, whose moments are those of slice ``index``; its errors as in PreparedSite."""
+    known = site_moments(moments, site, index, half)
+    asked = options
+    if moments is not None and wants_halves(options):
+        halves = (moments.site(site.name, index, "A"), moments.site(site.name, index, "B"))
+        asked = chosen(weights, halves, options)
+    part = method.prepare(weights, known, asked)
+    scale = known.loss_scale if known is not None and method.loss_units else 1.0
+    return part, scale * part.errors
 
 
 def prepare_sites(

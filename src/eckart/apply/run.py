@@ -26,17 +26,19 @@ from eckart.apply.units import (
 from eckart.arch import get_module, model_size, set_module, site_matrices, site_module, site_size
 from eckart.compression import CompressMethod, get_method, kfac, options_for
 from eckart.errors import InputError, problems
-from eckart.forms import Form
+from eckart.forms import Form, Pivoted
 from eckart.layers import layer_from_forms, tie_to, unsupported
 from eckart.modules import Piece, PreparedUnit, UnitFacts, get_module_method
 from eckart.moments import Moments
 from eckart.planning import Plan, Step, check
+from eckart.planning.curve import INDEX_BYTES
 from eckart.records import LayerOutcome, Outcome, Progress, Site, Size, silent
 
 
 def form_size(forms: Sequence[Form], site: Site) -> Size:
-    """What the forms of a site cost, biases left out of all three figures, indices counted in bytes."""
+    """What the forms of a site cost, biases left out of all three figures, indices in bytes, as layers store them."""
     biases = sum(form.bias.nbytes for form in forms if form.bias is not None)
+    wider = sum(form.index.nbytes - INDEX_BYTES * form.index.numel() for form in forms if isinstance(form, Pivoted))
     numbers = sum(form.numel for form in forms)
     macs = numbers * (1 + len(site.tied))
     if site.kind == "embedding":
@@ -44,7 +46,7 @@ def form_size(forms: Sequence[Form], site: Site) -> Size:
         macs = expanded + (numbers if site.tied else 0)
     return Size(
         parameters=numbers,
-        bytes=sum(form.nbytes for form in forms) - biases,
+        bytes=sum(form.nbytes for form in forms) - biases - wider,
         macs=macs,
     )
 
@@ -163,7 +165,7 @@ def apply_plan(
                 replace_narrow(model, site, one_site.narrow)
                 if one_site.step.bits:
                     quantise_site(model, site.name, one_site.step, second)
-            layers.append(replace(one_site.outcome, before=size, after=_size_of(site_module(model, site))))
+            layers.append(replace(one_site.outcome, before=size, after=layer_size(site_module(model, site))))
             continue
         if step is None or (step.form == "dense" and not step.bits):
             layers.append(
@@ -218,7 +220,7 @@ def _compressed(
             loss = metric.loss(lost)
         if known[0] is not None:
             predicted = relative_error(exact, exact - lost, known[0], centred=False)
-        after = _size_of(site_module(model, site))
+        after = layer_size(site_module(model, site))
     else:
         part = prepared.get(site.name)
         if part is None:
@@ -233,7 +235,7 @@ def _compressed(
                 quantise_site(model, site.name, step, second)
                 stand_ins = [dense_of(site_module(model, site))]
         linear = site.kind in ("linear", "conv1d") and not site.tied
-        after = _size_of(site_module(model, site)) if linear else form_size(forms, site)
+        after = layer_size(site_module(model, site)) if linear else form_size(forms, site)
         if moments is not None:
             errors = [
                 relative_error(one.weight, dense, each, centred=centred)
@@ -268,7 +270,7 @@ def _factor_form(step: Step) -> Literal["lowrank", "pivoted"]:
     return "pivoted" if step.form == "pivoted" else "lowrank"
 
 
-def _size_of(layer: nn.Module) -> Size:
+def layer_size(layer: nn.Module) -> Size:
     """What a layer costs, biases left out."""
     whole = model_size(layer)
     biases = [p for name, p in layer.named_parameters() if name.rpartition(".")[2] == "bias"]

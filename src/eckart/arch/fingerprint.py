@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 
 import torch
@@ -14,7 +14,12 @@ from eckart.records import Site
 _SAMPLE = 1024
 
 
-def fingerprint(model: nn.Module, sites: Iterable[Site] | None = None) -> str:
+def fingerprint(
+    model: nn.Module,
+    sites: Iterable[Site] | None = None,
+    *,
+    at_steps: Mapping[str, Callable[[int], Tensor]] | None = None,
+) -> str:
     """A sha256 over the names, the shapes and a sample of the numbers of every parameter, in hex.
 
     The sample is about a thousand entries at equal steps, rounded to bfloat16, so that a model loaded in
@@ -23,17 +28,18 @@ def fingerprint(model: nn.Module, sites: Iterable[Site] | None = None) -> str:
     parameter counts under each of its names, so that the order of sharing does not matter. Device and
     ``requires_grad`` do not matter; buffers are left out.
 
-    With ``sites``, only their weights and biases count. Raises InputError for a model on the meta device.
+    With ``sites``, only their weights and biases count. ``at_steps`` gives, for parameters without numbers here, every
+    step-th entry of the flattened weight. Raises InputError for others on the meta device.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if sites is not None:
         parameters = _of_sites(parameters, sites)
     digest = sha256()
     for name, parameter in sorted(parameters.items()):
-        if parameter.is_meta:
+        if parameter.is_meta and name not in (at_steps or {}):
             raise InputError(f"a fingerprint needs numbers; {name} is on the meta device. Load the weights first.")
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(_sample(parameter.detach()))
+        digest.update(_sample(parameter.detach(), (at_steps or {}).get(name)))
     return digest.hexdigest()
 
 
@@ -44,9 +50,9 @@ def _of_sites(parameters: dict[str, nn.Parameter], sites: Iterable[Site]) -> dic
     return {name: parameter for name, parameter in parameters.items() if name in names}
 
 
-def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.reshape(-1)
-    flat = flat[:: max(1, flat.numel() // _SAMPLE)].cpu()
+def _sample(tensor: Tensor, at_steps: Callable[[int], Tensor] | None) -> bytes:
+    step = max(1, tensor.numel() // _SAMPLE)
+    flat = tensor.reshape(-1)[::step].cpu() if at_steps is None else at_steps(step)
     if flat.is_floating_point():
         flat = flat.to(torch.bfloat16).view(torch.int16)
     return flat.numpy().tobytes()

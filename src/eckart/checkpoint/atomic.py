@@ -145,6 +145,25 @@ def set_aside(folder: Path, target: Path) -> Path:
     return aside
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """A text file, written beside its place and then put there: the old one stands until the new one is whole.
+
+    Raises FileError where it cannot be written.
+    """
+    target = Path(path)
+    beside = target.with_name(f".{target.name}{_WRITING}{secrets.token_hex(4)}")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+    except OSError as error:
+        raise FileError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether the disk is full. Safetensors reports it as text in an exception of its own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

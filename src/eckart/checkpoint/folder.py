@@ -214,7 +214,7 @@ def _some(what: str, names: list[str]) -> list[str]:
 
 def _ranks(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
     """Rank by the stem of each pair of factors that a layer needs; none for layers that own no factors."""
-    if entry["kind"] in ("tied-head", "tied-embedding", "narrow") or entry.get("form") in ("rows", "columns"):
+    if entry["kind"] in ("tied-head", "tied-embedding", "narrow", *_WHOLE) or entry.get("form") in ("rows", "columns"):
         return {}
     if entry["kind"] == "quantised":
         return {f"{name}.": entry["rank"]} if entry.get("rank") else {}
@@ -224,6 +224,8 @@ def _ranks(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
     return {f"{name}.": entry["rank"]}
 
 
+_WHOLE = {"group-sparse": "packed", "vector-coded": "assignments", "random-features": "readout"}
+"""Kinds of layers without factors, and the ending of a tensor that each has."""
 _FACTOR = ("weight", "codes", "_weight_qdata")
 """Endings of the tensor that holds a factor: in floats, in integers of Eckart's, in integers of torchao's."""
 
@@ -247,7 +249,7 @@ def _pairs(tensors: Mapping[str, TensorInfo]) -> dict[str, int | None]:
 def _check_modules(
     entries: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, TensorInfo], found: list[str]
 ) -> None:
-    """Every factored layer has its two factors, of its rank, and every quantised one its integers.
+    """Every factored layer has its two factors, of its rank, and every quantised or coded one its integers.
 
     Transformers writes some architectures (ViT, Mixtral) under other names than the modules have. So a layer
     whose name is not in the files may take any pair of its rank, or any integers, that no other layer claims.
@@ -272,11 +274,12 @@ def _check_modules(
             free[taken] -= 1
             if free[taken] < 0:
                 missing.append(f"{stem}a and b")
-    quantised = {f"{name}.codes" for name, entry in entries.items() if entry.get("kind") == "quantised"}
-    spare = sum(key.endswith(".codes") for key in tensors.keys() - quantised)
-    lost = sorted(quantised - tensors.keys())
     found += _some("narrower layers of another size than config.json says", _resized(entries, tensors))
-    found += _some("integers of quantised layers named in config.json but not in the weights", lost[spare:])
+    for kind, ending in {"quantised": "codes", **_WHOLE}.items():
+        wanted = {f"{name}.{ending}" for name, entry in entries.items() if entry.get("kind") == kind}
+        spare = sum(key.endswith(f".{ending}") for key in tensors.keys() - wanted)
+        lost = sorted(wanted - tensors.keys())
+        found += _some(f"{ending} of {kind} layers named in config.json but not in the weights", lost[spare:])
     found += _some("factors named in config.json but not in the weights", missing)
     found += _some("factors of another rank than config.json says", unequal)
     stopping = any(entry.get("kind") != "narrow" for entry in entries.values())  # another shape stops it by itself

@@ -13,9 +13,11 @@ from eckart.cli.claims import claims
 from eckart.cli.compensate import compensate
 from eckart.cli.compress import compress
 from eckart.cli.demo import demo
+from eckart.cli.dimension import dimension
 from eckart.cli.doctor import doctor
 from eckart.cli.evaluate import evaluate
 from eckart.cli.export import export
+from eckart.cli.inspect import inspect
 from eckart.cli.methods import methods
 from eckart.cli.plan import plan
 from eckart.cli.schema import schema
@@ -29,7 +31,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (calibrate, plan, compress, compensate, evaluate, export, methods, claims, doctor, demo, schema):
+VERBS = (
+    *(inspect, calibrate, plan, compress, compensate, evaluate, export, dimension),
+    *(methods, claims, doctor, demo, schema),
+)
+for verb in VERBS:
     app.command(verb.__name__)(verb)
 
 

@@ -16,6 +16,7 @@ from eckart.cli.recipe import (
     CompressRecipe,
     DataSection,
     FormsSection,
+    InspectRecipe,
     MethodSection,
     PlanRecipe,
     Section,
@@ -35,7 +36,7 @@ _UNITS = {
 STREAMED = frozenset(
     {
         *("data", "field", "samples", "length", "batch_size", "gradients", "probes", "method", "options", "allocation"),
-        *("include", "exclude", "forms", "rank_multiple", "min_rank", "certify", "seed"),
+        *("include", "exclude", "forms", "bits", "rank_multiple", "min_rank", "certify", "seed"),
     }
 )
 """Keywords of ``compress`` that ``compress_stream`` has too."""
@@ -47,7 +48,6 @@ _NOT_STREAMED = {
     "head": "only the maps inside of the blocks are compressed",
     "dtype": "weights are computed with as they are stored",
     "device": "it runs on the CPU",
-    "bits": "numbers are stored as they are",
 }
 _BUDGET_FLAGS = ", ".join(f"--{name.replace('_', '-')}" for name in _UNITS)
 
@@ -188,6 +188,23 @@ def stream_problems(recipe: CompressRecipe, dry_run: bool) -> list[str]:
             "--stream and --dry-run exclude each other: a dry run loads the whole model, and the run itself checks "
             "first whether the disk is large enough."
         )
+    return found
+
+
+def inspect_problems(recipe: InspectRecipe) -> list[str]:
+    """A file that is named must be there, and data need a model that runs."""
+    found = []
+    for flag, given in (("MODEL", recipe.model), ("--against", recipe.against)):
+        if given and given.endswith(".safetensors"):
+            found += file_problems(flag, given)
+    if recipe.model and Path(recipe.model).is_file() and recipe.data.source is not None:
+        found.append(f"--data runs the model, but {recipe.model} is a file of weights: name its folder.")
+    if recipe.data.source is None:
+        idle = _given(recipe.data) + _given(recipe.run)
+        if idle:
+            found.append(f"{', '.join(idle)} have no effect without --data.")
+    if recipe.cache and Path(recipe.cache).is_file():
+        found.append(f"--cache: {recipe.cache} is a file, a folder is expected.")
     return found
 
 

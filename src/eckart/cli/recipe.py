@@ -351,6 +351,17 @@ class AdapterOutput(Section):
     )
 
 
+class WeightsSection(Section):
+    """Which weights are looked at."""
+
+    include: Annotated[list[str] | None, Flag("--include", "PATTERN", "include")] = Field(
+        default=None, description="Only weights whose name matches: a glob or re:REGEX. Repeatable."
+    )
+    exclude: Annotated[list[str] | None, Flag("--exclude", "PATTERN", "exclude")] = Field(
+        default=None, description="Leave out weights whose name matches. Repeatable."
+    )
+
+
 class CompensateRecipe(Section):
     """Recipe of ``eckart compensate``."""
 
@@ -365,10 +376,35 @@ class CompensateRecipe(Section):
     output: AdapterOutput = AdapterOutput()
 
 
+class InspectRecipe(Section):
+    """Recipe of ``eckart inspect``."""
+
+    model: Model = Field(default=None, description="Folder, .safetensors file or hub name.")
+    tier: Annotated[
+        Literal["quick", "standard", "full"] | None,
+        Flag("--tier", "quick|standard|full", "tier", default="standard"),
+    ] = Field(
+        default=None,
+        description="quick: norms and tails from windows, no spectra. standard: exact spectra. full: with --data also "
+        "the dimension of embeddings and the curvature of the loss.",
+    )
+    against: Annotated[str | None, Flag("--against", "BASE", "against")] = Field(
+        default=None, description="Model of the same shape; what changed against it is measured too."
+    )
+    data: DataSection = DataSection()
+    weights: WeightsSection = WeightsSection()
+    cache: Annotated[str | None, Flag("--cache", "DIR", "cache")] = Field(
+        default=None, description="Folder that keeps what was measured of each weight, by its hash."
+    )
+    run: RunSection = RunSection()
+    output: FileOutput = FileOutput()
+
+
 RECIPES: dict[str, type[Section]] = {
     "calibrate": CalibrateRecipe,
     "plan": PlanRecipe,
     "compress": CompressRecipe,
     "evaluate": EvaluateRecipe,
     "compensate": CompensateRecipe,
+    "inspect": InspectRecipe,
 }

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from eckart.records import Evaluation, Outcome, as_plain
 from eckart.report import format as fmt
-from eckart.report import render_terminal
+from eckart.report import render_dimension_terminal, render_inspection_terminal, render_terminal
 
 
 def compressed(console: Console, outcome: Outcome, folder: Path) -> None:
@@ -37,6 +37,20 @@ def exported(console: Console, folder: Path, size: int, note: Mapping[str, Any])
     if note:
         largest, relative, limit = (note[key] for key in ("largest_difference", "relative_difference", "tolerance"))
         _line(console, f"largest difference from torch {largest:.1e}, relative {relative:.1e} (allowed {limit:.0e})")
+
+
+def inspection(console: Console, found: Any, page: Path | None) -> None:
+    """What an inspection found, and where its page is."""
+    console.print(render_inspection_terminal(found))
+    if page is not None:
+        _line(console, f"\npage saved to {page}")
+
+
+def dimension(console: Console, curve: Any, page: Path | None) -> None:
+    """The dimension of data over scale, and where its page is."""
+    console.print(render_dimension_terminal(curve))
+    if page is not None:
+        _line(console, f"\npage saved to {page}")
 
 
 def demo(console: Console, outcome: Outcome, found: Evaluation, places: Mapping[str, Any], seconds: float) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from eckart.hf.models import LoadedModel
 from eckart.hf.tasks import Batch, embed, logits
@@ -27,11 +26,16 @@ def distance_from_now(loaded: LoadedModel, batches: Sequence[Batch], *, seed: in
     if loaded.task == "embedding":
         references: list[Tensor] = before
         picks: list[Tensor] = []
+        entropies: list[Tensor] = []
     else:
         each = max(1, NUMBERS // (before[0].shape[-1] * len(before)))
         places = [_places(loaded, batch, output) for batch, output in zip(batches, before, strict=True)]
-        picks = [found[torch.randperm(len(found), generator=generator)[:each]] for found in places]
-        references = [_log_probabilities(output, pick) for output, pick in zip(before, picks, strict=True)]
+        picks = [found[torch.randperm(len(found), generator=generator)[:each].sort().values] for found in places]
+        rows = [_picked(output, pick) for output, pick in zip(before, picks, strict=True)]
+        references = [row.softmax(-1) for row in rows]
+        # KL(p ‖ q) = Σ p log p − Σ p log q: the first is of the original alone.
+        entropies = [_cross_entropies(p, row) for p, row in zip(references, rows, strict=True)]
+        del rows
     del before
 
     def distance() -> float:
@@ -41,8 +45,8 @@ def distance_from_now(loaded: LoadedModel, batches: Sequence[Batch], *, seed: in
             if loaded.task == "embedding":
                 total += 0.5 * float((output - reference).square().sum())
             else:
-                found = _log_probabilities(output, picks[i])
-                total += float(kl_div(found, reference, log_target=True, reduction="sum"))
+                crossed = _cross_entropies(reference, _picked(output, picks[i]))
+                total += float((crossed - entropies[i]).sum(dtype=torch.float64))
             units += len(reference)
         return max(total, 0.0) / max(units, 1)  # rounding can bring a KL of nothing below zero
 
@@ -51,7 +55,7 @@ def distance_from_now(loaded: LoadedModel, batches: Sequence[Batch], *, seed: in
 
 def _output(loaded: LoadedModel, batch: Batch) -> Tensor:
     found = embed(loaded, batch) if loaded.task == "embedding" else logits(loaded, batch)
-    return found.detach().clone()
+    return found.detach()
 
 
 def _places(loaded: LoadedModel, batch: Batch, output: Tensor) -> Tensor:
@@ -65,6 +69,13 @@ def _places(loaded: LoadedModel, batch: Batch, output: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1).cpu()
 
 
-def _log_probabilities(output: Tensor, places: Tensor) -> Tensor:
-    """(positions, classes) float32."""
-    return output.flatten(0, -2)[places.to(output.device)].float().log_softmax(-1)
+def _picked(output: Tensor, places: Tensor) -> Tensor:
+    """Logits (positions, classes) float32."""
+    flat = output.flatten(0, -2)
+    return (flat if len(places) == len(flat) else flat[places.to(output.device)]).float()
+
+
+def _cross_entropies(shares: Tensor, logits: Tensor) -> Tensor:
+    """−Σ p log softmax(z) of every row (positions,)."""
+    products: Tensor = torch.einsum("nc,nc->n", shares, logits)
+    return logits.logsumexp(-1) - products

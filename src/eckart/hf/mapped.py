@@ -3,31 +3,127 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.utils.hub import convert_file_size_to_int
 
 from eckart.checkpoint.weights import DTYPES, Weights, open_weights
 from eckart.errors import FileError, InputError
+from eckart.hf.native import settle_native
 from eckart.hf.quantizer import EckartConfig, put_skeletons
 from eckart.layers import describe
 
 _INSTEAD = "Leave out --stream, on a machine that holds the model in memory."
+_SOURCES = "_eckart_sources"
+"""Attribute of a mapped model: a :class:`Sources`."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A fused expert weight (experts, out, in) whose matrices lie in the files one by one."""
+
+    parts: tuple[tuple[str, ...], ...]
+    """Names in the files: per part (gate, up), of which the rows follow each other, one per expert."""
+    shape: tuple[int, int, int]
+
+    def build(self, weights: Weights, dtype: torch.dtype) -> Tensor:
+        """The fused weight, in memory."""
+        found = torch.empty(self.shape, dtype=dtype)
+        start = 0
+        for names in self.parts:
+            rows = weights.infos[names[0]].shape[0]
+            for expert, name in enumerate(names):
+                found[expert, start : start + rows] = weights[name]
+            start += rows
+        return found
+
+    def at_steps(self, weights: Weights, step: int) -> Tensor:
+        """Entries 0, step, 2 step, … of the flattened weight, without building it."""
+        _, rows, columns = self.shape
+        owner = [(names, row) for names in self.parts for row in range(weights.infos[names[0]].shape[0])]
+        found = []
+        for place in range(0, self.shape[0] * rows * columns, step):
+            expert, inside = divmod(place, rows * columns)
+            names, row = owner[inside // columns]
+            found.append(weights[names[expert]][row, inside % columns])
+        return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the weights of a mapped model lie under names that are not the model's own."""
+
+    weights: Weights
+    names: Mapping[str, str]
+    """Parameter to tensor of the files, where transformers renames it."""
+    stacks: Mapping[str, Stack]
+    """Parameters that hold numbers only inside of :func:`filled`."""
+
+    def stored(self, key: str) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of the files that make up a parameter; none where it has its own name."""
+        if key in self.stacks:
+            names = [name for part in self.stacks[key].parts for name in part]
+        else:
+            names = [self.names[key]] if key in self.names else []
+        return {name: self.weights.infos[name].shape for name in names}
+
+    def at_steps(self, dtype: torch.dtype) -> dict[str, Any]:
+        """For :func:`eckart.arch.fingerprint`."""
+        return {
+            name: lambda step, stack=stack: stack.at_steps(self.weights, step).to(dtype)
+            for name, stack in self.stacks.items()
+        }
+
+
+def sources(model: nn.Module) -> Sources | None:
+    """What is known of a model that :func:`map_pretrained` gave; None for any other."""
+    found = model.__dict__.get(_SOURCES)
+    return found if isinstance(found, Sources) else None
+
+
+@contextmanager
+def filled(model: nn.Module, below: str) -> Iterator[None]:
+    """The experts inside of the module ``below`` have their numbers while this is open; memory: those weights."""
+    known = sources(model)
+    inside = {} if known is None else {k: v for k, v in known.stacks.items() if k.startswith(f"{below}.")}
+    empty = {}
+    try:
+        for name, stack in inside.items():
+            owner, _, leaf = name.rpartition(".")
+            parameters = model.get_submodule(owner)._parameters
+            empty[name] = parameters[leaf]
+            dtype = model.get_parameter(name).dtype
+            assert known is not None
+            parameters[leaf] = nn.Parameter(stack.build(known.weights, dtype), requires_grad=False)
+        yield
+    finally:
+        for name, parameter in empty.items():
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._parameters[leaf] = parameter
 
 
 def map_pretrained(cls: Any, source: Path, config: Any) -> nn.Module:
     """The model in a folder with every parameter a view of its file, in evaluation mode, without gradients.
 
     No weight is read: a model larger than memory opens in seconds. Buffers that a checkpoint does not hold, such
-    as rotary frequencies, are computed as the class does. Raises FileError for files that are not whole and for
-    weights that would be missing; InputError for checkpoints that transformers would convert while loading
-    (quantised, renamed or split weights, mixed dtypes).
+    as rotary frequencies, are computed as the class does. Experts that lie in the files one by one stay without
+    numbers outside of :func:`filled`. Raises FileError for files that are not whole and for weights that would be
+    missing; InputError for checkpoints that are quantised or mix dtypes.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{source} is quantised or compressed already; streaming starts from a plain checkpoint.")
@@ -48,8 +144,9 @@ def map_pretrained(cls: Any, source: Path, config: Any) -> nn.Module:
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise FileError(
-            f"{source} does not hold {shown} of {type(model).__name__} under these names: they are missing, or "
-            f"transformers renames or fuses weights while loading, which streaming does not. {_INSTEAD}"
+            f"{source} does not hold {shown} of {type(model).__name__}: they are missing, or transformers computes "
+            f"them while loading in a way that streaming does not know (it knows other names, and experts that are "
+            f"stacked). {_INSTEAD}"
         )
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
@@ -77,7 +174,8 @@ def factored_like(model: nn.Module, source: Path, entries: dict[str, dict[str, A
         empty = empty_model(type(model), config, **keywords)
         if entries:
             put_skeletons(empty, entries)
-            config.quantization_config = EckartConfig(describe(empty))
+            if not settle_native(empty):  # evenly narrower MLPs need no Eckart to load
+                config.quantization_config = EckartConfig(describe(empty))
     return empty
 
 
@@ -127,9 +225,12 @@ def _attach(model: nn.Module, weights: Weights) -> list[str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
         places[id(parameter)] = parameter
+    renamed, stacks = _converted(model, weights)
     missing = []
     for key, names in shared.items():
-        stored = _stored(names, prefix, weights)
+        if names[0] in stacks:
+            continue
+        stored = next((renamed[name] for name in names if name in renamed), None) or _stored(names, prefix, weights)
         if stored is None:
             missing.append(names[0])
             continue
@@ -140,11 +241,55 @@ def _attach(model: nn.Module, weights: Weights) -> list[str]:
             model.get_submodule(owner)._parameters[leaf] = new
     persistent = set(model.state_dict())
     for name, buffer in list(model.named_buffers()):
-        stored = _stored([name], prefix, weights) if name in persistent else None
+        stored = renamed.get(name) or _stored([name], prefix, weights) if name in persistent else None
         if stored is not None:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = _fitting(weights, stored, name, tuple(buffer.shape))
+    model.__dict__[_SOURCES] = Sources(weights, renamed, stacks)
     return missing
+
+
+def _converted(model: nn.Module, weights: Weights) -> tuple[dict[str, str], dict[str, Stack]]:
+    """What transformers would rename, and what it would stack, while loading: by name of the parameter.
+
+    Anything else that it converts is left out, and so found to be missing.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    here = model.state_dict()
+    renamed: dict[str, str] = {}
+    pieces: dict[str, dict[str, list[str]]] = {}
+    for key in sorted(weights.infos, key=_natural):
+        name, pattern = rename_source_key(key, renamings, converters, getattr(model, "base_model_prefix", None), here)
+        if pattern is not None:
+            if name in here and _stacks(by_pattern[pattern]):
+                pieces.setdefault(name, {}).setdefault(pattern, []).append(key)
+        elif name != key and name in here:
+            renamed[name] = key
+    stacks = {}
+    for name, found in pieces.items():
+        patterns = next(iter(by_pattern[pattern] for pattern in found)).source_patterns
+        parts = tuple(tuple(found.get(pattern, ())) for pattern in patterns)
+        shape = tuple(here[name].shape)
+        shapes = [{weights.infos[key].shape for key in part} for part in parts]
+        rows = sum(next(iter(one))[0] for one in shapes if len(one) == 1 and len(next(iter(one))) == 2)
+        fits = all(len(part) == shape[0] and len(one) == 1 for part, one in zip(parts, shapes, strict=True))
+        if fits and len(shape) == 3 and (rows, *{next(iter(one))[1] for one in shapes}) == shape[1:]:
+            stacks[name] = Stack(parts, (shape[0], shape[1], shape[2]))
+    return renamed, stacks
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether this stacks matrices by expert, and then puts the rows of several such stacks one below the other."""
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts ``experts.10`` behind ``experts.9``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _stored(names: list[str], prefix: str, weights: Weights) -> str | None:

@@ -32,6 +32,7 @@ from eckart.hf.tensor_parallel import adapt_plan, restore_plan
 from eckart.layers import (
     FACTORED,
     FactoredExperts,
+    SNNKLinear,
     TiedLayer,
     dense_keys,
     describe,
@@ -42,9 +43,16 @@ from eckart.layers import (
 
 QUANT_METHOD = "eckart"
 FORMAT_VERSION = 1
-FEATURES = frozenset({"quantised", "torchao"})
+_NEEDS = {
+    "quantised": "quantised",
+    "group-sparse": "coded",
+    "vector-coded": "coded",
+    "random-features": "random-features",
+}
+"""Kinds of layers that a reader of the first version does not know, and the feature that each belongs to."""
+FEATURES = frozenset({*_NEEDS.values(), "torchao"})
 """What a checkpoint may list under ``requires`` for this version to read it: layers with integer weights of Eckart's,
-and an ``inner`` config of torchao's."""
+with coded ones, blocks on random features, and an ``inner`` config of torchao's."""
 
 
 class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -83,8 +91,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @property
     def requires(self) -> list[str]:
         """The features of the format that a reader has to know."""
-        quantised = any(entry.get("kind") == "quantised" for entry in self.modules.values())
-        return ["quantised"] * quantised + ["torchao"] * (self.inner is not None)
+        found = {_NEEDS[entry["kind"]] for entry in self.modules.values() if entry.get("kind") in _NEEDS}
+        return sorted(found) + ["torchao"] * (self.inner is not None)
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -147,6 +155,9 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         restore_plan(getattr(model, "tp_plan", None) or {})
+        for layer in model.modules():
+            if isinstance(layer, SNNKLinear):
+                layer.draw()  # the seed has been read by now
         align(model)
         attach(model, self)
         if self.inner is not None:  # get_state_dict_and_metadata does the reverse; transformers would try to, and fails

@@ -40,10 +40,18 @@ class MatrixFacts:
     places: tuple[int, ...] = ()
     """Index (0-based) of each entry of ``singular_values`` in the whole spectrum."""
     noise: tuple[float, ...] = ()
-    """What pure noise of the same shape and of the fitted bulk's size has at the same places; empty where not fitted."""
+    """What pure noise of the same shape and of the fitted bulk's size has at the same places; empty where not
+    fitted.
+    """
     energy: tuple[float, ...] = ()
     """Share of the squared norm in the directions up to and with each place."""
     seconds: float = 0.0
+    verdict: str = ""
+    """What kind of spectrum it is, in a word of :func:`eckart.spectra.verdict`; empty where there is none."""
+    base: str = ""
+    """Why it was not compared with the base, or “equal”; empty where it was compared, and without a base."""
+    tied: bool = False
+    """Whether it is a tensor that another name holds too; ``parameters`` and ``bytes`` are then 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

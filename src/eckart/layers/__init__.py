@@ -14,10 +14,13 @@ from eckart.layers.build import (
 from eckart.layers.conv import FactoredConv, PivotedConv
 from eckart.layers.embedding import FactoredEmbedding, PivotedEmbedding, Table, TiedEmbedding, TiedHead, TiedLayer
 from eckart.layers.experts import FactoredExperts
+from eckart.layers.group_sparse import GroupSparseInt4
 from eckart.layers.linear import FactoredLinear, PivotedLinear, forget_mark, is_narrowed
 from eckart.layers.narrow import NarrowColumns, NarrowRows, narrow_layer, widened
 from eckart.layers.quantise import quantise_layer
 from eckart.layers.quantised import PACKED_BITS, Quantised, QuantisedEmbedding, QuantisedLinear
+from eckart.layers.random_features import SNNKLinear
+from eckart.layers.vector_coded import LR2VQConv2d, LR2VQLinear, VectorCoded
 
 __all__ = [
     "FACTORED",
@@ -26,6 +29,9 @@ __all__ = [
     "FactoredEmbedding",
     "FactoredExperts",
     "FactoredLinear",
+    "GroupSparseInt4",
+    "LR2VQConv2d",
+    "LR2VQLinear",
     "NarrowColumns",
     "NarrowRows",
     "PivotedConv",
@@ -34,10 +40,12 @@ __all__ = [
     "Quantised",
     "QuantisedEmbedding",
     "QuantisedLinear",
+    "SNNKLinear",
     "Table",
     "TiedEmbedding",
     "TiedHead",
     "TiedLayer",
+    "VectorCoded",
     "dense_keys",
     "describe",
     "forget_mark",

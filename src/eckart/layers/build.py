@@ -21,12 +21,26 @@ from eckart.layers.embedding import (
     TiedLayer,
 )
 from eckart.layers.experts import FactoredExperts, expert_parameters, unsupported_experts
+from eckart.layers.group_sparse import GroupSparseInt4
 from eckart.layers.linear import FactoredLinear, PivotedLinear, StructuredLinear, is_conv1d, is_narrowed, keep_mark
 from eckart.layers.narrow import NarrowColumns, NarrowLinear, NarrowRows, narrow_entry, smaller
 from eckart.layers.quantised import Quantised, QuantisedLinear, quantised_skeleton
+from eckart.layers.random_features import SNNKLinear
+from eckart.layers.vector_coded import LR2VQConv2d, LR2VQLinear, VectorCoded
 from eckart.records import FormKind, Site
 
-FACTORED = (StructuredLinear, StructuredConv, Table, TiedLayer, FactoredExperts, QuantisedLinear, NarrowLinear)
+FACTORED = (
+    StructuredLinear,
+    StructuredConv,
+    Table,
+    TiedLayer,
+    FactoredExperts,
+    QuantisedLinear,
+    NarrowLinear,
+    GroupSparseInt4,
+    VectorCoded,
+    SNNKLinear,
+)
 """Bases of all layers of this room, for ``isinstance``."""
 
 _LINEARS: dict[str, type[FactoredLinear] | type[PivotedLinear] | type[NarrowLinear]] = {
@@ -230,6 +244,8 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
         if table is None:
             raise InputError(f"a {kind} needs the table {entry.get('table')!r}, which is not there.")
         return tie_to(table, str(entry["table"]), original)
+    if kind == "random-features":
+        return _random_features(entry, original)
     if reason := unsupported(original):
         raise InputError(reason)
     narrow = entry if kind == "narrow" else entry.get("narrow")
@@ -242,6 +258,8 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
         quantised = quantised_skeleton(entry, original)
         keep_mark(original, quantised)
         return quantised.train(original.training)
+    if kind in ("group-sparse", "vector-coded"):
+        return _coded(entry, original).train(original.training)
     if kind == "experts":
         weights = {name: (spec["form"], int(spec["rank"])) for name, spec in entry["weights"].items()}
         layer: nn.Module = FactoredExperts(original, weights)
@@ -253,6 +271,47 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
         raise InputError(f"a rank is an int of at least 1; got {rank!r}.")
     bias = entry.get("bias", getattr(original, "bias", None) is not None)
     return _skeleton(str(kind), form, rank, bool(bias), original).train(original.training)
+
+
+def _coded(entry: Mapping[str, Any], original: nn.Module) -> nn.Module:
+    """The layer of zeros with a decoded weight."""
+    sizes = {
+        name: value for name, value in entry.items() if name in ("kept", "group", "subvector", "dimension", "codes")
+    }
+    if entry["kind"] == "vector-coded" and isinstance(original, nn.Conv2d):
+        return LR2VQConv2d(original, **sizes)
+    transposed = is_conv1d(original)
+    if not (transposed or isinstance(original, nn.Linear)):
+        raise InputError(f"a {type(original).__name__} cannot become a layer of kind {entry['kind']!r}.")
+    weight = original.get_parameter("weight")
+    out_features, in_features = weight.T.shape if transposed else weight.shape
+    return (GroupSparseInt4 if entry["kind"] == "group-sparse" else LR2VQLinear)(
+        in_features,
+        out_features,
+        bias=bool(entry["bias"]),
+        original=type(original) if transposed else nn.Linear,
+        device=weight.device,
+        dtype=weight.dtype,
+        **sizes,
+    )
+
+
+def _random_features(entry: Mapping[str, Any], original: nn.Module) -> nn.Module:
+    """The layer of zeros in the place of a whole block, whose tensors the entry names."""
+    inside = original.state_dict()
+    if strange := [name for name in entry["replaces"] if name not in inside]:
+        raise InputError(f"it takes the place of a block with {strange[0]}, and {type(original).__name__} has none.")
+    like = next(original.parameters())
+    return SNNKLinear(
+        int(entry["in"]),
+        int(entry["out"]),
+        int(entry["features"]),
+        kind=entry["function"],
+        bias=bool(entry["bias"]),
+        replaces=entry["replaces"],
+        device=like.device,
+        dtype=like.dtype,
+    ).train(original.training)
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -271,6 +330,8 @@ def dense_keys(name: str, entry: Mapping[str, Any]) -> tuple[str, ...]:
     """State-dict keys of the dense weights that are not there because the layer ``name`` is factored."""
     if entry.get("kind") == "experts":
         return tuple(f"{name}.{weight}" for weight in entry["weights"])
+    if entry.get("kind") == "random-features":
+        return tuple(f"{name}.{key}" for key in entry["replaces"])
     if entry.get("kind") == "narrow":  # there, in another shape, which stops whoever expects the old one
         return ()
     return (f"{name}.weight",)

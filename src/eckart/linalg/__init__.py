@@ -1,5 +1,7 @@
 """Decompositions: tensors in, float64 tensors on the CPU out. No modules, no files."""
 
+from eckart.linalg.hadamard import walsh_hadamard
+from eckart.linalg.krylov import leading_svd
 from eckart.linalg.matricize import fold, matricize
 from eckart.linalg.pivot import pivot_rows
 from eckart.linalg.roots import symmetric_root
@@ -13,6 +15,7 @@ __all__ = [
     "Rounded",
     "WeightedFactors",
     "fold",
+    "leading_svd",
     "matricize",
     "on_grid",
     "pivot_rows",
@@ -20,5 +23,6 @@ __all__ = [
     "shrink_to_diagonal",
     "symmetric_root",
     "truncated_svd",
+    "walsh_hadamard",
     "weighted_factors",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from eckart.errors import InputError
 from eckart.linalg.exact import as_float64, column_signs
 
-Algorithm = Literal["full", "gram", "randomized"]
+Algorithm = Literal["full", "gram", "randomized", "krylov"]
 
 _SMALL = 256
 """Up to this smaller side the full decomposition costs milliseconds, so nothing else is tried."""
@@ -35,7 +35,8 @@ class SVD:
     method: Algorithm
     """What was run in the end."""
     error_bound: float
-    """(‖A − U diag(S) Vh‖_F − the least possible) / ‖A‖_F is at most this; 0 for the exact methods."""
+    """(‖A − U diag(S) Vh‖_F − the least possible) / ‖A‖_F is at most this; 0 for the exact methods.
+    :func:`eckart.linalg.leading_svd` has a bound of its own."""
 
 
 def truncated_svd(
@@ -92,14 +93,15 @@ def truncated_svd(
     return found if found.S[-1] > trusted * found.S[0] else _full(A, rank)
 
 
-def _signed(U: Tensor, S: Tensor, Vh: Tensor, method: Algorithm, bound: float) -> SVD:
+def signed(U: Tensor, S: Tensor, Vh: Tensor, method: Algorithm, bound: float) -> SVD:
+    """The decomposition with the sign of each triplet fixed."""
     signs = column_signs(U)
     return SVD(U * signs, S, signs[:, None] * Vh, method, bound)
 
 
 def _full(A: Tensor, k: int) -> SVD:
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-    return _signed(U[:, :k], S[:k], Vh[:k], "full", 0.0)
+    return signed(U[:, :k], S[:k], Vh[:k], "full", 0.0)
 
 
 def _gram(A: Tensor, k: int) -> SVD:
@@ -112,7 +114,7 @@ def _gram(A: Tensor, k: int) -> SVD:
     S, Vh = R.diagonal().abs(), R.diagonal().sign().where(R.diagonal() != 0, 1.0)[:, None] * V.T
     S, order = S.sort(descending=True)
     U, Vh = U[:, order], Vh[order]
-    return _signed(U, S, Vh, "gram", 0.0) if wide is A else _signed(Vh.T, S, U.T, "gram", 0.0)
+    return signed(U, S, Vh, "gram", 0.0) if wide is A else signed(Vh.T, S, U.T, "gram", 0.0)
 
 
 def _randomized(A: Tensor, k: int, oversample: int, power: int, generator: torch.Generator | None) -> SVD:
@@ -128,4 +130,4 @@ def _randomized(A: Tensor, k: int, oversample: int, power: int, generator: torch
     error = max(total - float(S[:k].square().sum()), 0.0)
     least = max(error - outside, 0.0)
     bound = (math.sqrt(error) - math.sqrt(least)) / math.sqrt(total) if total else 0.0
-    return _signed(Q @ U[:, :k], S[:k], Vh[:k], "randomized", bound)
+    return signed(Q @ U[:, :k], S[:k], Vh[:k], "randomized", bound)

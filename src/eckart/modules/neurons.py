@@ -7,7 +7,7 @@ tr(G (W₂ − W₂′) Σ (W₂ − W₂′)ᵀ) has a closed form for every pr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ DAMPING = 1e-6
 """Added to the diagonal of Σ, in multiples of its mean: inputs of dead neurons make Σ singular."""
 ROUNDS = 128
 """Neurons are removed in about so many rounds, each with new scores; one at a time gains nothing that shows."""
+PANEL = 8
+"""Rounds between two updates of all of Σ⁻¹."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,16 +36,32 @@ class PreparedNeurons:
     order: Tensor
     """(width,): the most useful neuron first."""
     errors: Tensor
+    _fits: dict[int, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def _kept(self, width: int) -> Tensor:
         return self.order[:width].sort().values
 
-    def _refitted(self, kept: Tensor) -> Tensor:
-        down = self.weights[self.mlp.down]["weight"].to("cpu", torch.float64)
-        second = damped(self.second)  # on both sides: full width then gives back W₂, whatever Σ is
-        inside, moved = second[kept][:, kept], down @ second[:, kept]
-        refitted: Tensor = torch.cholesky_solve(moved.T, torch.linalg.cholesky(inside)).T
-        return refitted
+    def _refitted(self, width: int) -> Tensor:
+        """W₂′ (out, width). The last one is kept: probes, errors and the cut ask for the same width."""
+        if width not in self._fits:
+            kept = self._kept(width)
+            down = self.weights[self.mlp.down]["weight"].to("cpu", torch.float64)
+            added = floor(self.second)  # on both sides: full width then gives back W₂, whatever Σ is
+            inside = self.second[kept][:, kept]
+            inside.diagonal().add_(added)
+            moved = down @ self.second[:, kept] + added * down[:, kept]
+            self._fits.clear()
+            self._fits[width] = torch.cholesky_solve(moved.T, torch.linalg.cholesky(inside)).T
+        return self._fits[width]
+
+    def _bias(self, width: int) -> Tensor | None:
+        """The bias of the second map, which takes up what the mean loses."""
+        down = self.weights[self.mlp.down]
+        bias = _exact(down.get("bias"))
+        if bias is None or self.mean is None:
+            return bias
+        lost = down["weight"].to("cpu", torch.float64) @ self.mean - self._refitted(width) @ self.mean[self._kept(width)]
+        return bias + lost
 
     def cut(self, width: int) -> tuple[Piece, ...]:
         kept = self._kept(width)
@@ -53,20 +71,14 @@ class PreparedNeurons:
             bias = map_["bias"][rows.start : rows.stop][kept] if "bias" in map_ else None
             weight = map_["weight"][rows.start : rows.stop][kept]
             pieces.append(_piece(rows.site, weight, bias, rows.start, rows.stop))
-        down, new = self.weights[self.mlp.down], self._refitted(kept)
-        bias = down.get("bias")
-        if bias is not None and self.mean is not None:
-            lost = down["weight"].to("cpu", torch.float64) @ self.mean - new @ self.mean[kept]
-            bias = bias.to("cpu", torch.float64) + lost
-        inside = self.second[kept][:, kept]
-        pieces.append(Piece(site=self.mlp.down, side="columns", weight=new, bias=_exact(bias), second=inside))
+        new, inside = self._refitted(width), self.second[kept][:, kept]
+        pieces.append(Piece(site=self.mlp.down, side="columns", weight=new, bias=self._bias(width), second=inside))
         return tuple(pieces)
 
     def stand_in(self, width: int) -> tuple[str, Tensor, Tensor | None]:
-        kept = self._kept(width)
         dense = torch.zeros_like(self.weights[self.mlp.down]["weight"], dtype=torch.float64, device="cpu")
-        dense[:, kept] = self._refitted(kept)
-        return self.mlp.down, dense, self.cut(width)[-1].bias
+        dense[:, self._kept(width)] = self._refitted(width)
+        return self.mlp.down, dense, self._bias(width)
 
 
 def _exact(tensor: Tensor | None) -> Tensor | None:
@@ -79,10 +91,16 @@ def _piece(site: str, weight: Tensor, bias: Tensor | None, start: int, stop: int
     )
 
 
+def floor(second: Tensor) -> Tensor:
+    """λ."""
+    return DAMPING * second.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+
+
 def damped(second: Tensor) -> Tensor:
     """Σ + λI."""
-    floor = DAMPING * second.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return second + floor * torch.eye(len(second), dtype=second.dtype)
+    found = second.clone()
+    found.diagonal().add_(floor(second))
+    return found
 
 
 def removal_order(target: Tensor, second: Tensor) -> Tensor:
@@ -90,24 +108,33 @@ def removal_order(target: Tensor, second: Tensor) -> Tensor:
 
     Without neuron i, refitted, the objective rises by ‖target_i‖² / [Σ⁻¹]_ii. The least useful go first, a round
     at a time; their part moves to the others: target ← target − target_B [Σ⁻¹]_BB⁻¹ [Σ⁻¹]_B:, and
-    Σ⁻¹ ← Σ⁻¹ − [Σ⁻¹]_:B [Σ⁻¹]_BB⁻¹ [Σ⁻¹]_B:. Cost: O(n³ + m n²).
+    Σ⁻¹ ← Σ⁻¹ − [Σ⁻¹]_:B [Σ⁻¹]_BB⁻¹ [Σ⁻¹]_B:. Scores need the diagonal of Σ⁻¹ only, so its other entries are
+    brought up to date once in PANEL rounds, in one product. Cost: O(n³ + m n²).
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second)))
+    columns = target.T.clone(memory_format=torch.contiguous_format)  # (n, m)
     left = torch.arange(len(second))
-    removed: list[Tensor] = []
     size = max(1, len(second) // ROUNDS)
+    removed: list[Tensor] = []
     while len(left):
-        scores = target.square().sum(0) / inverse.diagonal()
-        gone = scores.argsort(stable=True)[:size]
-        removed.append(left[gone])
+        panel = min(PANEL * size, len(left))
+        rows = inverse.new_empty(panel, len(left))  # those of a Cholesky factor of Σ⁻¹
+        diagonal = inverse.diagonal().clone()
         stays = torch.ones(len(left), dtype=torch.bool)
-        stays[gone] = False
-        root = torch.linalg.cholesky(inverse[gone][:, gone])
-        part = torch.linalg.solve_triangular(root, target[:, gone].T, upper=False)
-        rows = torch.linalg.solve_triangular(root, inverse[gone][:, stays], upper=False)
-        target = target[:, stays] - part.T @ rows
-        inverse = inverse[stays][:, stays] - rows.T @ rows
-        left = left[stays]
+        for done in range(0, panel, size):
+            scores = (columns.square().sum(1) / diagonal).masked_fill(~stays, torch.inf)
+            gone = scores.argsort(stable=True)[: min(size, panel - done)]
+            block = inverse[gone] - rows[:done, gone].T @ rows[:done]
+            root = torch.linalg.cholesky(block[:, gone])
+            part = torch.linalg.solve_triangular(root, columns[gone], upper=False)
+            new = rows[done : done + len(gone)] = torch.linalg.solve_triangular(root, block, upper=False)
+            columns.addmm_(new.T, part, alpha=-1.0)
+            diagonal -= new.square().sum(0)
+            stays[gone] = False
+            removed.append(left[gone])
+        rows = rows[:, stays]
+        inverse = inverse[stays][:, stays].addmm_(rows.T, rows, alpha=-1.0)
+        columns, left = columns[stays], left[stays]
     return torch.cat(removed).flip(0)
 
 

@@ -6,6 +6,7 @@ Sums rather than means, so that batches, processes and data sets add up exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,33 +14,50 @@ import torch
 from torch import Tensor
 
 HALVES = 2
+BLOCK = 128
+"""Columns of a second moment that are added up at a time."""
+
+
+def at_float64(rows: Tensor) -> Tensor:
+    """On the device of the rows where that has float64, on the CPU otherwise."""
+    return rows.cpu() if rows.device.type == "mps" else rows
 
 
 def to_float64(rows: Tensor) -> Tensor:
-    """In float64, on the device of the rows where that has float64, on the CPU otherwise."""
-    return (rows.cpu() if rows.device.type == "mps" else rows).to(torch.float64)
+    """In float64, there."""
+    return at_float64(rows).to(torch.float64)
 
 
 def add_gram(total: Tensor, rows: Tensor, weight: float = 1.0) -> None:
-    """Adds weight · rowsᵀ rows to ``total`` (d × d, float64, on the CPU), N·d² multiply-adds.
+    """Adds weight · rowsᵀ rows to ``total`` (d × d, float64, on the CPU), about N·d²/2 multiply-adds.
+
+    Only blocks on and above the diagonal are added; :func:`symmetrise` fills in the others at the end.
 
     On the CPU the product of one batch is made in the dtype of the rows, float32 at least, and the sum over
     batches in float64: each entry is right to about √N · 1e-7 of √(C_ii C_jj), a thousandth of its sampling
     error. A float64 product would take twice the time, and a BLAS beside torch's would fight it for the cores.
-    On CUDA, where a float32 product may be TF32, it is float64. Numbers whose squares leave float32 are too.
+    On CUDA, where a float32 product may be TF32, it is float64, and of all blocks. Numbers whose squares leave
+    float32 are too.
     """
-    precise = torch.float64 if rows.is_cuda else torch.promote_types(rows.dtype, torch.float32)
-    product = rows.to(precise).T @ rows.to(precise)
-    if not bool(product.diagonal().isfinite().all()):
-        wide = to_float64(rows)
-        product = wide.T @ wide
-    total.add_(product.to("cpu"), alpha=weight)
+    rows = rows.to(torch.float64 if rows.is_cuda else torch.promote_types(rows.dtype, torch.float32))
+    step = len(total) if rows.is_cuda else BLOCK
+    for start in range(0, len(total), step):
+        product = rows[:, start : start + step].T @ rows[:, start:]
+        if not bool(product.sum().isfinite()):
+            wide = to_float64(rows)
+            product = wide[:, start : start + step].T @ wide[:, start:]
+        total[start : start + step, start:].add_(product.to("cpu"), alpha=weight)
 
 
 def symmetrise(total: Tensor) -> None:
-    """(…, d, d): a product of a matrix with its own transpose is symmetric to rounding only."""
+    """(…, d, d): the blocks below the diagonal out of those above; on it, where a product of a matrix with its own
+    transpose is symmetric to rounding only, the mean of both."""
     for matrix in total.view(-1, *total.shape[-2:]):
-        matrix.copy_((matrix + matrix.T) / 2)
+        for start in range(0, len(matrix), BLOCK):
+            stop = start + BLOCK
+            inner = matrix[start:stop, start:stop]
+            inner.copy_((inner + inner.T) / 2)
+            matrix[stop:, start:stop] = matrix[start:stop, stop:].T
 
 
 class InputSums:
@@ -59,7 +77,7 @@ class InputSums:
             if self.second is None:
                 self.total[half, slice_] += torch.bincount(chosen.cpu(), minlength=self.total.shape[-1])
             else:
-                total = to_float64(chosen).sum(0).cpu()
+                total = at_float64(chosen).sum(0, dtype=torch.float64).cpu()
                 if not bool(total.isfinite().all()):
                     return False
                 self.total[half, slice_] += total
@@ -93,17 +111,16 @@ class GradientSums:
             if pick.numel() == 0:
                 continue
             g = rows[pick]
-            squares = to_float64(g).square()
-            norms = squares.sum(1)
+            norms = torch.linalg.vector_norm(at_float64(g), dim=1, dtype=torch.float64).square()
             scale = float(norms.sum())
-            if not torch.isfinite(torch.tensor(scale)):
+            if not math.isfinite(scale):
                 return False
             self.scale[half, slice_] += weight * scale
             if self.second is not None:
                 add_gram(self.second[half, slice_], g, weight)
             if self.rows is not None and inputs is not None:
                 columns = cast(Tensor, self.columns)[half, slice_]
-                x = inputs[pick]
+                x, squares = inputs[pick], to_float64(g).square()
                 if x.ndim == 1:
                     self.rows[half, slice_] += weight * squares.sum(0).cpu()
                     columns += weight * torch.bincount(x.cpu(), norms.cpu(), minlength=columns.numel())

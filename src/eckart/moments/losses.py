@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from eckart.errors import InputError
 
@@ -16,8 +17,8 @@ LossFn = Callable[[Any, Batch, torch.Generator], tuple[Tensor, float]]
 """``loss(outputs, batch, generator)``: the loss summed over the units of the batch, and how many units there are.
 The generator is on the CPU."""
 
-CHUNK_NUMBERS = 1 << 23
-"""Probabilities that are held in float64 at a time while targets are drawn (64 MB)."""
+CHUNK_NUMBERS = 1 << 20
+"""Probabilities that are made at a time while targets are drawn (4 MB in float32, which fits a cache)."""
 
 
 def sampled_targets(outputs: Any, batch: Batch, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -34,6 +35,7 @@ def sampled_targets(outputs: Any, batch: Batch, generator: torch.Generator) -> t
             "For models without a head use gauss_newton."
         )
     mask = _mask(outputs, batch, logits)
+    mask = None if mask is None or bool(mask.all()) else mask  # windows without padding need no copy
     flat = logits.reshape(-1, logits.shape[-1])
     flat = (flat if mask is None else flat[mask.reshape(-1) != 0]).to(torch.promote_types(logits.dtype, torch.float32))
     targets = draw(flat.detach(), generator)
@@ -41,16 +43,26 @@ def sampled_targets(outputs: Any, batch: Batch, generator: torch.Generator) -> t
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """(N, classes) → (N,): a class per row with probability softmax(logits), the same on every device."""
+    """(N, classes) → (N,): a class per row with probability softmax(logits), the same on every device.
+
+    Classes lie in about √classes runs of as many. The first class up to which the probabilities come to a uniform
+    number is in the first run up to which they do, so cumulated sums are needed of the runs, and inside of one.
+    """
     uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64)
     precise = torch.float32 if logits.device.type == "mps" else torch.float64
+    classes = logits.shape[-1]
+    width = max(1, math.isqrt(classes))
     drawn = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
-    step = max(1, CHUNK_NUMBERS // logits.shape[-1])
+    step = max(1, CHUNK_NUMBERS // classes)
     for start in range(0, len(logits), step):
-        cumulated = logits[start : start + step].to(precise).softmax(-1).cumsum(-1)
-        u = uniform[start : start + step].to(logits.device, precise)
-        target = torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True)
-        drawn.append(target.squeeze(1).clamp(max=logits.shape[-1] - 1))
+        shares = pad(logits[start : start + step].softmax(-1), (0, -classes % width)).unflatten(-1, (-1, width))
+        runs = shares.sum(-1, dtype=precise).cumsum(-1)
+        u = uniform[start : start + step].to(logits.device, precise) * runs[:, -1:]
+        run = torch.searchsorted(runs, u, right=True).clamp(max=runs.shape[-1] - 1)
+        before = torch.where(run > 0, runs.gather(1, (run - 1).clamp(min=0)), 0.0)
+        inside = shares.gather(1, run[..., None].expand(-1, -1, width)).squeeze(1).to(precise).cumsum(-1)
+        place = torch.searchsorted(inside, u - before, right=True).clamp(max=width - 1)
+        drawn.append((run * width + place).squeeze(1).clamp(max=classes - 1))
     return torch.cat(drawn)
 
 

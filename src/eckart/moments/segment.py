@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eckart.errors import InputError
+from eckart.errors import InputError, NotFiniteError
 from eckart.moments.collect import evaluating, watched
+from eckart.moments.experts import watch_experts
 from eckart.moments.losses import Batch
 from eckart.moments.observe import Gradients, Observer
 from eckart.moments.store import Moments
@@ -43,20 +44,41 @@ def collect_segment(
     units: float,
     meta: Mapping[str, Any] | None = None,
     arrived: Callable[[int, int, Tensor], None] | None = None,
+    experts: Mapping[str, Sequence[int]] | None = None,
 ) -> Moments:
     """What :func:`eckart.moments.collect` finds at ``sites``, from the part of ``model`` that holds them.
 
     A loss enters as its gradients at the output of the part, so a model can be walked through from its last part to
     its first with one part in memory: ``arrived(batch, probe, gradient)`` is told the gradients at the input,
     which are those at the output of the part before. ``units`` as the loss counted them. Without sites only
-    the gradients are passed on.
+    the gradients are passed on. Of a mixture, ``experts`` names by site those whose moments are wanted: they become
+    slices 0, 1, … of the site, and all others together the last one, so that their mean is that of all.
 
     Raises NotFiniteError that names a site, InputError where the part gives no gradient. Cost: one forward pass and,
     per probe, one backward pass of the part; moments as in ``collect``.
     """
     observer = Observer(gradients, fisher)
     first, tokens = 0, 0
-    with torch.inference_mode(False), evaluating(model), watched(model, sites, observer):
+    slots = {name: {expert: slot for slot, expert in enumerate(chosen)} for name, chosen in (experts or {}).items()}
+    plain = [site for site in sites if site.name not in slots]
+    mixed = [
+        replace(site, slices=len(slots[site.name]) + (len(slots[site.name]) < site.slices))
+        for site in sites
+        if site.name in slots
+    ]
+
+    def expert(site: Site, index: int, inputs: Tensor, output: Tensor, rows: Tensor, total: int) -> Tensor:
+        if not bool(torch.isfinite(inputs).all()):
+            raise NotFiniteError(f"{site.name}[{index}]: NaN or infinite numbers in its input. Nothing was written.")
+        own = slots[site.name]
+        return observer.expert(site, own.get(index, len(own)), inputs, output, rows, total)
+
+    with (
+        torch.inference_mode(False),
+        evaluating(model),
+        watched(model, plain, observer),
+        watch_experts(model, mixed, expert),
+    ):
         for index, passage in enumerate(passages):
             rows = BatchTokens.of(passage.batch, first)
             first, tokens = first + rows.rows, tokens + rows.tokens
@@ -89,5 +111,9 @@ def collect_segment(
         {site.name: observer.input_of[site.name] for site in sites},
         tokens,
         units,
-        {**(meta or {}), "unmasked": sorted(observer.unmasked)},
+        {
+            **(meta or {}),
+            "unmasked": sorted(observer.unmasked),
+            "pooled": {site.name: True for site in sites if site.kind == "experts"},
+        },
     )

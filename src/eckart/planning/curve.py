@@ -79,6 +79,12 @@ class Choices(Sequence[Choice]):
             whole=whole,
         )
 
+    @classmethod
+    def stored(cls, columns: Sequence[NDArray[Any]], whole: Sequence[int]) -> Choices:
+        """Out of :meth:`columns`, and what the site costs as it is: parameters, bytes, multiply-adds."""
+        parameters, in_bytes, macs = whole
+        return cls(*columns, whole=Size(parameters=parameters, bytes=in_bytes, macs=macs))
+
     def __len__(self) -> int:
         return len(self.rank)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from markupsafe import Markup, escape
 
@@ -15,6 +16,7 @@ from eckart.report.palette import STEPS
 ERROR_FLOOR = 1e-3
 """Relative errors below this lie on the lower edge of a drawing."""
 
+Number = TypeVar("Number", int, float)
 _WIDTH, _HEIGHT = 264, 168
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 8, 8, 24
 
@@ -45,7 +47,7 @@ def sample_curve(errors: Sequence[float], points: int = 32) -> list[float]:
     return [max(0.0, float(errors[k])) / total if total > 0 else 0.0 for k in picked]
 
 
-def thinned(errors: Sequence[float], points: int) -> Sequence[float]:
+def thinned(errors: Sequence[Number], points: int) -> Sequence[Number]:
     """At most ``points`` of the given ones, spaced evenly, both ends kept."""
     last = len(errors) - 1
     if last < points:
@@ -106,15 +108,9 @@ def _worst(value: Interval, same: float) -> float:
 
 
 def _path(errors: Sequence[float]) -> str:
-    """Whole coordinates and relative steps: five bytes a point."""
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     last = max(1, len(errors) - 1)
-    points = [(round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)]
-    steps = [f"M{points[0][0]} {points[0][1]}"] if points else []
-    if len(points) > 1:
-        pairs = pairwise(points)
-        steps.append("l" + " ".join(f"{x1 - x0} {y1 - y0}" for (x0, y0), (x1, y1) in pairs))
-    return "".join(steps)
+    return _relative([(round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)])
 
 
 def _height(error: float) -> float:
@@ -128,3 +124,107 @@ def _colour(place: float) -> int:
     """The pale end of the ramp is left out: thin lines in it would not be seen."""
     first = STEPS // 3
     return first + round(place * (STEPS - 1 - first))
+
+
+SPARK_DECADES = 2.0
+"""Singular values below 1 % of the first lie on the lower edge of a sparkline."""
+
+
+def sparkline(values: Sequence[float], places: Sequence[int], points: int = 24) -> Markup:
+    """A spectrum at a glance: the logarithm of σ against the index, ``places`` being the indices of ``values``."""
+    top, last = values[0], places[-1] or 1
+    if not top > 0:
+        return Markup()
+    spots = []
+    for i in thinned(range(len(values)), points):
+        fall = min(SPARK_DECADES, -math.log10(values[i] / top)) if values[i] > 0 else SPARK_DECADES
+        spots.append((round(144 * places[i] / last), round(2 + 32 * fall / SPARK_DECADES)))
+    return Markup(f'<svg class="spark" viewBox="0 0 144 36" aria-hidden="true"><path d="{_relative(spots)}"/></svg>')
+
+
+def plot(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, label: str) -> Markup:
+    """Named lines of (x, y) with axes; an axis that spans more than 30 times its smallest value is logarithmic."""
+    lines = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in curves.items()}
+    everything = [point for line in lines.values() for point in line]
+    if not everything:
+        return Markup()
+    left, right, top, bottom = 52, 14, 10, 38
+    across, down = Axis.of([p[0] for p in everything]), Axis.of([p[1] for p in everything])
+    width, height = 560 - left - right, 260 - top - bottom
+    parts = [f'<svg class="plot" viewBox="0 0 560 260" role="img" aria-label="{escape(label)}">']
+    for tick in down.ticks():
+        place = top + height * (1 - down.at(tick))
+        parts.append(f'<path class="grid" d="M{left} {place:.1f}h{width}"/>')
+        parts.append(f'<text x="{left - 6}" y="{place + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in across.ticks():
+        place = left + width * across.at(tick)
+        parts.append(f'<text x="{place:.1f}" y="{top + height + 14}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text class="axis" x="{left + width / 2}" y="254" text-anchor="middle">{escape(x)}</text>')
+    middle = top + height / 2
+    turned = f'x="11" y="{middle}" text-anchor="middle" transform="rotate(-90 11 {middle})"'
+    parts.append(f'<text class="axis" {turned}>{escape(y)}</text>')
+    for i, line in enumerate(lines.values()):
+        spots = [(round(left + width * across.at(a)), round(top + height * (1 - down.at(b)))) for a, b in line]
+        dash, colour = line_style(i)
+        parts.append(f'<path class="line d{dash} l{colour}" d="{_relative(spots)}"/>')
+        if len(spots) <= 40:
+            dots = "".join(f'<circle cx="{a}" cy="{b}" r="2.6"/>' for a, b in spots)
+            parts.append(f'<g class="f{colour}">{dots}</g>')
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def line_style(i: int) -> tuple[int, int]:
+    """Pattern (``.d0 … .d3`` of the style sheet) and colour of line ``i``: none is told by its colour alone."""
+    return i % 4, (9, 5, 7, 4)[(i + i // 4) % 4]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A scale from ``low`` to ``high``."""
+
+    low: float
+    high: float
+    log: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Axis:
+        """From the smallest to the largest value, widened to round figures; from zero where that is near."""
+        low, high = min(values), max(values)
+        if low > 0 and high / low > 30:
+            return cls(low=low, high=high, log=True)
+        if 0 < low < 0.5 * high:
+            low = 0.0
+        if low == high:
+            low, high = low - 0.5, high + 0.5
+        size = _nice((high - low) / 5)
+        return cls(low=math.floor(low / size) * size, high=math.ceil(high / size - 1e-9) * size, log=False)
+
+    def at(self, value: float) -> float:
+        """0 … 1."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[float]:
+        """Round figures within the scale."""
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps = (1, 2, 5) if self.high / self.low < 300 else (1,)
+            found = [float(f"{m}e{p}") for p in powers for m in steps]
+            return [tick for tick in found if self.low <= tick <= self.high]
+        size = _nice((self.high - self.low) / 5)
+        return [float(f"{size * k:.6g}") for k in range(round(self.low / size), round(self.high / size) + 1)]
+
+
+def _nice(rough: float) -> float:
+    """The round step, 1, 2 or 5 times a power of ten, next above ``rough``."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+
+
+def _relative(points: Sequence[tuple[int, int]]) -> str:
+    """Whole coordinates and relative steps: five bytes a point."""
+    steps = [f"M{points[0][0]} {points[0][1]}"] if points else []
+    if len(points) > 1:
+        steps.append("l" + " ".join(f"{x1 - x0} {y1 - y0}" for (x0, y0), (x1, y1) in pairwise(points)))
+    return "".join(steps)

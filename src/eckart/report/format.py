@@ -106,6 +106,17 @@ def middle(name: str, width: int = 44) -> str:
     return f"{name[:head]}…{name[-(width - 1 - head) :]}"
 
 
+def sentence(text: str) -> str:
+    """``text`` with a capital in front and a full stop behind; empty stays empty."""
+    end = "" if not text or text[-1] in ".!?" else "."
+    return f"{text[:1].upper()}{text[1:]}{end}"
+
+
+def code_parts(text: str) -> tuple[tuple[str, bool], ...]:
+    """``text`` cut at its backticks: (part, whether it is code)."""
+    return tuple((part, bool(i % 2)) for i, part in enumerate(text.split("`")) if part)
+
+
 def _scaled(n: float, units: tuple[str, ...]) -> str:
     size = float(n)
     power = 0

@@ -1,21 +1,16 @@
-"""The report: one HTML file that needs no network, prints, and works without its script."""
+"""The report of a compression: one HTML file that needs no network, prints, and works without its script."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from eckart.records import Evaluation, Interval, Outcome
 from eckart.report import format as fmt
-from eckart.report import palette, view
+from eckart.report import view
+from eckart.report.document import document
+from eckart.report.layout import maps
 from eckart.report.verdict import budget_reached, flagged, verdict, verdict_text
 
 LONG_PLAN = 120_000
@@ -39,45 +34,37 @@ def render_report(
     ``predicted`` (a number), ``measured`` (a number or an Interval), ``ratio`` and ``warning`` (text, None).
     ``curves`` maps a site's name to its relative errors at ranks spaced evenly from 0 to the full rank
     (:func:`eckart.report.sample_curve` makes them). ``meta`` is shown under the title, name beside value.
-    Every text is escaped; the page's own security policy allows no script but its own, by hash, and no
-    request at all.
     """
     table = view.rows(outcome)
-    found_maps, outside = view.maps(table)
-    script = _asset("report.js")
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            meta=dict(meta or {}),
-            command=command,
-            outcome=outcome,
-            evaluation=evaluation,
-            verdict=verdict(outcome, evaluation, title),
-            verdict_text=verdict_text(outcome, evaluation, title),
-            style=Markup(palette.style_sheet() + _asset("report.css")),
-            script=Markup(script),
-            script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            rows=table,
-            maps=found_maps,
-            outside=outside,
-            steps=range(palette.STEPS),
-            panels=view.panels(table, curves or {}),
-            site_cards=view.size_cards(outcome.sites_before, outcome.sites_after),
-            model_cards=view.size_cards(outcome.model_before, outcome.model_after),
-            disk=view.disk_card(evaluation) if evaluation else None,
-            quality=view.quality_cards(evaluation) if evaluation else (),
-            speed=view.speed_cards(evaluation) if evaluation else (),
-            glossary=view.glossary(evaluation),
-            dense=sum(layer.form == "dense" for layer in outcome.layers),
-            flagged=sum(flagged(layer) for layer in outcome.layers),
-            budget=budget_reached(outcome),
-            certificate=_certificate(certificate),
-            plan=_readable(plan_json),
-            notes=(*outcome.notes, *(evaluation.warnings if evaluation else ())),
-            fmt=fmt,
-        )
+    found_maps, outside = maps(table)
+    return document(
+        "report.html.j2",
+        styles=["report.css"],
+        scripts=["page.js", "report.js"],
+        kind="compression report",
+        title=title,
+        meta=dict(meta or {}),
+        command=command,
+        outcome=outcome,
+        evaluation=evaluation,
+        verdict=verdict(outcome, evaluation, title),
+        verdict_text=verdict_text(outcome, evaluation, title),
+        rows=table,
+        maps=found_maps,
+        outside=outside,
+        panels=view.panels(table, curves or {}),
+        site_cards=view.size_cards(outcome.sites_before, outcome.sites_after),
+        model_cards=view.size_cards(outcome.model_before, outcome.model_after),
+        disk=view.disk_card(evaluation) if evaluation else None,
+        quality=view.quality_cards(evaluation) if evaluation else (),
+        speed=view.speed_cards(evaluation) if evaluation else (),
+        glossary=view.glossary(evaluation),
+        dense=sum(layer.form == "dense" for layer in outcome.layers),
+        flagged=sum(flagged(layer) for layer in outcome.layers),
+        budget=budget_reached(outcome),
+        certificate=_certificate(certificate),
+        plan=_readable(plan_json),
+        notes=(*outcome.notes, *(evaluation.warnings if evaluation else ())),
     )
 
 
@@ -114,19 +101,3 @@ def _readable(plan_json: str) -> str:
         else:
             parts.append(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
     return "{\n" + ",\n".join(parts) + "\n}"
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("eckart.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
-def _asset(name: str) -> str:
-    return (files("eckart.report") / "templates" / name).read_text(encoding="utf-8")

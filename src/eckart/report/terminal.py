@@ -27,7 +27,7 @@ def render_terminal(outcome: Outcome, evaluation: Evaluation | None = None) -> R
 
 def render_layers(outcome: Outcome) -> RenderableType:
     """All layers with what was kept of them; a ``!`` marks held-out errors above twice the predicted ones."""
-    table = _table("layer", "shape", "form", "rank", "kept", "error", "held out", "loss", words=3)
+    table = plain_table("layer", "shape", "form", "rank", "kept", "error", "held out", "loss", words=3)
     for row in view.rows(outcome):
         held_out = f"{row.held_out} !" if row.flag else row.held_out
         cells = (row.name, row.shape, row.form, row.rank, row.kept_text, row.predicted, held_out, row.loss)
@@ -36,7 +36,7 @@ def render_layers(outcome: Outcome) -> RenderableType:
 
 
 def _sizes(outcome: Outcome, evaluation: Evaluation | None) -> Table:
-    table = _table("", "before", "after", "kept")
+    table = plain_table("", "before", "after", "kept")
     for heading, before, after in (
         ("sites", outcome.sites_before, outcome.sites_after),
         ("model", outcome.model_before, outcome.model_after),
@@ -66,7 +66,7 @@ def _summary(outcome: Outcome) -> str:
 
 
 def _quality(evaluation: Evaluation) -> Table:
-    table = _table("quality", "mean", "95 % interval", "n")
+    table = plain_table("quality", "mean", "95 % interval", "n")
     for name, value in evaluation.metrics.items():
         label = metric_of(name).label
         table.add_row(Text(label), fmt.mean(value), fmt.interval(value), fmt.count(value.n))
@@ -74,14 +74,14 @@ def _quality(evaluation: Evaluation) -> Table:
 
 
 def _speed(evaluation: Evaluation) -> Table:
-    table = _table("latency", "before", "after", "speed")
+    table = plain_table("latency", "before", "after", "speed")
     for run in evaluation.latency:
         label = f"batch {run.batch} × {run.length}"
         table.add_row(label, fmt.seconds(run.base), fmt.seconds(run.model), fmt.times(run.speedup))
     return table
 
 
-def _table(*headings: str, words: int = 1) -> Table:
+def plain_table(*headings: str, words: int = 1) -> Table:
     """A table whose first ``words`` columns hold words and the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, heading in enumerate(headings):

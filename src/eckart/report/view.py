@@ -10,6 +10,7 @@ from markupsafe import Markup
 from eckart.records import Evaluation, LayerOutcome, Outcome, Size
 from eckart.report import charts
 from eckart.report import format as fmt
+from eckart.report.layout import group_of, stack_of
 from eckart.report.palette import step
 from eckart.report.verdict import METRICS, flagged, headline, kept, metric_of
 
@@ -24,6 +25,10 @@ class Row:
 
     index: int
     layer: LayerOutcome
+    stack: str
+    """Path of the list of blocks that holds it: ``encoder.layer``."""
+    role: str
+    depth: int | None
     group: str
     """The part of the model and the role: what the map has as a row."""
     name: str
@@ -39,16 +44,6 @@ class Row:
     flag: str
     """Empty, or how far the held-out error is from the predicted one."""
     loss: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Map:
-    """The layers of one stack of blocks: a row per role, a column per block."""
-
-    caption: str
-    depths: tuple[int, ...]
-    lines: tuple[tuple[str, str, tuple[Row | None, ...]], ...]
-    """(role, its group, one cell per block)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,31 +72,6 @@ def rows(outcome: Outcome) -> tuple[Row, ...]:
     return tuple(_row(i, layer) for i, layer in enumerate(outcome.layers))
 
 
-def maps(table: Sequence[Row]) -> tuple[tuple[Map, ...], tuple[Row, ...]]:
-    """Maps of the stacks of blocks, and the rows that lie outside of them or share a cell with another."""
-    cells: dict[str, dict[str, dict[int, Row]]] = {}
-    outside = []
-    for row in table:
-        site = row.layer.site
-        if site.depth is None or not site.role:
-            outside.append(row)
-            continue
-        line = cells.setdefault(_stack(row.layer), {}).setdefault(site.role, {})
-        if site.depth in line:
-            outside.append(row)
-        else:
-            line[site.depth] = row
-    found = []
-    for stack, roles in cells.items():
-        depths = tuple(sorted({depth for line in roles.values() for depth in line}))
-        lines = tuple(
-            (role, next(iter(line.values())).group, tuple(line.get(depth) for depth in depths))
-            for role, line in roles.items()
-        )
-        found.append(Map(caption=stack, depths=depths, lines=lines))
-    return tuple(found), tuple(outside)
-
-
 def panels(table: Sequence[Row], curves: Mapping[str, Sequence[float]]) -> tuple[Panel, ...]:
     """A drawing for each kind of layer that has curves."""
     groups: dict[str, list[Row]] = {}
@@ -110,7 +80,7 @@ def panels(table: Sequence[Row], curves: Mapping[str, Sequence[float]]) -> tuple
             groups.setdefault(row.group, []).append(row)
     if len(groups) > MANY_PANELS:
         groups = {"all layers": [row for members in groups.values() for row in members]}
-    stacks = {_stack(row.layer) for row in table}
+    stacks = {row.stack for row in table}
     points = 32 if len(table) <= 256 else 20
     deepest = max((row.layer.site.depth or 0 for row in table), default=0)
     return tuple(
@@ -197,11 +167,14 @@ def _row(index: int, layer: LayerOutcome) -> Row:
     untouched = dense and not layer.bits
     left = kept(layer)
     slices = f" × {site.slices}" if site.slices > 1 else ""
-    stack = _stack(layer)
+    stack = stack_of(site.name, site.depth, site.role)
     return Row(
         index=index,
         layer=layer,
-        group=site.name if site.depth is None else " ".join(p for p in (stack, site.role) if p),
+        stack=stack,
+        role=site.role,
+        depth=site.depth,
+        group=group_of(site.name, stack, site.depth, site.role),
         name=fmt.middle(site.name),
         full_name=site.name,
         shape=f"{site.out_features}{fmt.SPACE}×{fmt.SPACE}{site.in_features}{slices}",
@@ -232,13 +205,6 @@ def _flag(layer: LayerOutcome) -> str:
     if layer.predicted <= 0:
         return "held-out error where none was predicted"
     return f"{fmt.times(layer.held_out / layer.predicted)} the predicted error"
-
-
-def _stack(layer: LayerOutcome) -> str:
-    """The path of the list of blocks that holds the site: ``encoder.layer`` of ``encoder.layer.0.mlp.up``."""
-    site = layer.site
-    ending = f".{site.depth}.{site.role}"
-    return site.name.removesuffix(ending) if site.name.endswith(ending) else ""
 
 
 def _panel(title: str, lines: Sequence[charts.Line]) -> Panel:

@@ -2,7 +2,7 @@
 
 from eckart.streaming.journal import Journal, open_journal
 from eckart.streaming.passes import Measure, scratch_bytes
-from eckart.streaming.plan import FORMS, Wanted, foreseen_bytes
+from eckart.streaming.plan import FORMS, Wanted, equal_widths, foreseen_bytes
 from eckart.streaming.route import Route
 from eckart.streaming.run import Streamed, stream
 
@@ -13,6 +13,7 @@ __all__ = [
     "Route",
     "Streamed",
     "Wanted",
+    "equal_widths",
     "foreseen_bytes",
     "open_journal",
     "scratch_bytes",

@@ -1,10 +1,11 @@
-"""The decomposition of one site in a file, with its three error curves."""
+"""The decomposition of one matrix in a file, with its error curves, and the layers that come out of such files."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.apply import PreparedSite, prepare_site
-from eckart.apply.prepare import site_moments
+from eckart.apply import PreparedSite
+from eckart.apply.bits import metric_of, quantisable, quantise_site, site_bits
+from eckart.apply.prepare import prepare_slice, site_moments
 from eckart.arch import site_matrices
 from eckart.checkpoint.weights import Mark, TensorWriter, read_tensors
-from eckart.compression import CompressMethod, Prepared
+from eckart.compression import CompressMethod, Prepared, get_method, kfac
 from eckart.errors import InputError
 from eckart.forms import Form
+from eckart.layers import QuantisedLinear, layer_from_forms
+from eckart.linalg import round_groups, weighted_factors
 from eckart.moments import Moments, SiteMoments
-from eckart.planning import Step
+from eckart.moments.packed import packed, unpack_into
+from eckart.planning import Choices, Step
 from eckart.records import Site
+from eckart.streaming.plan import Wanted, number_bytes, site_choices
 
 _SAME = 1e-5
 """How far left @ right may be from the weight on a random vector, relatively, to count as it."""
+_COLUMNS = ("form", "rank", "parameters", "bytes", "macs", "loss", "bits", "repair")
+"""Of :class:`eckart.planning.Choices`."""
+_READS = "reads"
+"""Position of the file with the moment of what a site reads."""
 
 
 @dataclass(frozen=True)
@@ -32,43 +42,70 @@ class SiteCurves:
     """What is known of a site at rank 0 … full, each (full_rank + 1,) in float64."""
 
     errors: Tensor
-    """The method's objective, in units of the loss where the method has them."""
+    """The method's objective, in units of the loss where the method has them, added up over the slices."""
     predicted: Tensor
-    """Relative error on all of the calibration."""
+    """Relative error on all of the calibration, averaged over the slices."""
     held_out: Tensor | None
-    """The same for the decomposition of half A, on half B; None where that was not asked for or has no tokens."""
+    """The same for the decomposition of half A, on half B, over the slices that have tokens there; None where that was
+    not asked for or has no tokens."""
+    choices: Choices | None = None
+    """What the site may become, where numbers may be stored in few bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One slice of a site, and where its moments are."""
+
+    site: Site
+    slice: int
+    slot: int
+    """Slice of the collected moments that are its own."""
+    reads: int
+    """Position of the file with E[x xᵀ], which rounding to few bits needs."""
 
 
 def decompose_to_file(
     path: Path,
     model: nn.Module,
-    site: Site,
+    matrix: Matrix,
     moments: Moments | None,
     method: CompressMethod,
     options: Any,
+    wanted: Wanted,
     *,
     certify: bool,
 ) -> tuple[Mark, float]:
-    """Decompose one site and write what every rank needs; returns the file's mark and the seconds of its CRC.
+    """Decompose one matrix and write what every rank needs; returns the file's mark and the seconds of its CRC.
 
     Factors are stored in float32 (float64 for float64 weights), 1.5 to 4 times the bytes of the weight: each
     column is scaled so that both of its vectors have one norm, and rounding it once more to the weight's dtype
-    when it is cut is below what that rounding changes anyway. Curves are float64.
+    when it is cut is below what that rounding changes anyway. Curves are float64. Where numbers may be stored in few
+    bits, the choices of the site and the factors of its repairs lie beside.
     """
-    part = prepare_site(model, site, moments, method, options)
-    prepared = part.slices[0]
-    whole = site_moments(moments, site, 0)
-    tensors = {"errors": part.errors, "predicted": _predicted(prepared, whole, method)}
+    site, slot = matrix.site, matrix.slot
+    weights = site_matrices(model, site)[matrix.slice]
+    prepared, errors = prepare_slice(site, weights, slot, moments, method, options)
+    whole = site_moments(moments, site, slot)
+    tensors = {"errors": errors, "predicted": _predicted(prepared, whole, method)}
     if prepared.mean is not None:
         tensors["mean"] = prepared.mean
+    if wanted.bits and whole is not None and quantisable(site):
+        part = PreparedSite(site=site, slices=(prepared,), errors=errors)
+        tensors |= _in_few_bits(model, part, weights, whole, wanted) | {_READS: torch.tensor([matrix.reads])}
+        del part
     store = torch.promote_types(prepared.weight.dtype, torch.float32)
     left, right = _one_norm(prepared.left, prepared.right)
     tensors |= {"left": left.to(store), "right": right.to(store)}
-    del left, right, part, prepared, whole
+    del left, right, prepared, whole
     if certify and moments is not None:
-        held_out = _held_out(model, site, moments, method, options)
+        held_out = _held_out(site, weights, slot, moments, method, options)
         if held_out is not None:
             tensors = {"held_out": held_out, **tensors}
+    return write_tensors(path, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Mark, float]:
+    """One file; returns its mark and the seconds of its CRC."""
     layout = TensorWriter.ordered({name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()})
     with TensorWriter(path, layout) as writer:
         for name in layout:
@@ -76,21 +113,45 @@ def decompose_to_file(
     return writer.mark, writer.seconds
 
 
-def read_curves(path: Path) -> SiteCurves:
-    """The curves of a site, without its factors."""
-    tensors = read_tensors(path)
-    held_out = tensors.get("held_out")
+def write_second(path: Path, second: Tensor) -> tuple[Mark, float]:
+    """E[x xᵀ], one triangle of it."""
+    return write_tensors(path, {"second": packed(second)})
+
+
+def read_second(path: Path, width: int) -> Tensor:
+    """The way back: (width, width), float64."""
+    second = torch.empty(width, width, dtype=torch.float64)
+    unpack_into(second, read_tensors(path)["second"])
+    return second
+
+
+def read_curves(paths: Sequence[Path]) -> SiteCurves:
+    """The curves of a site out of the files of its slices, without its factors."""
+    errors, predicted, held_out = [], [], []
+    choices = None
+    for path in paths:
+        tensors = read_tensors(path)
+        errors.append(tensors["errors"].clone())
+        predicted.append(tensors["predicted"].clone())
+        if "held_out" in tensors:
+            held_out.append(tensors["held_out"].clone())
+        if "choices/rank" in tensors:
+            columns = [tensors[f"choices/{name}"].clone().numpy() for name in _COLUMNS]
+            size = [int(value) for value in tensors["choices/whole"]]
+            choices = Choices.stored(columns, size)
     return SiteCurves(
-        tensors["errors"].clone(), tensors["predicted"].clone(), None if held_out is None else held_out.clone()
+        torch.stack(errors).sum(0),
+        torch.stack(predicted).mean(0),
+        torch.stack(held_out).mean(0) if held_out else None,
+        choices,
     )
 
 
-def cut_from_file(path: Path, model: nn.Module, site: Site, step: Step, method: CompressMethod) -> Form:
-    """The form that a plan's step gives the site."""
+def cut_from_file(path: Path, weights: Mapping[str, Tensor], site: Site, step: Step, method: CompressMethod) -> Form:
+    """The form that a plan's step gives one matrix of a site."""
     if step.form not in ("lowrank", "pivoted"):
         raise InputError(f"{site.name}: nothing is cut for the form {step.form!r}.")
     tensors = read_tensors(path)
-    (weights,) = site_matrices(model, site)
     rank = step.rank
     prepared = Prepared(
         weight=weights["weight"],
@@ -101,6 +162,60 @@ def cut_from_file(path: Path, model: nn.Module, site: Site, step: Step, method: 
         mean=tensors.get("mean"),
     )
     return method.cut(prepared, rank, step.form)
+
+
+def layer_from_files(
+    paths: Sequence[Path], seconds: Mapping[int, Path], model: nn.Module, site: Site, step: Step, original: nn.Module
+) -> nn.Module:
+    """The layer that a step puts in the place of ``original``, out of the files of the slices.
+
+    ``seconds`` are the files of the moments that rounding to few bits needs, by position.
+    """
+    layer = original
+    if step.form != "dense":
+        weights = site_matrices(model, site)
+        method = get_method(step.method)
+        forms = [cut_from_file(path, each, site, step, method) for path, each in zip(paths, weights, strict=True)]
+        layer = layer_from_forms(site, original, forms)
+    if not step.bits:
+        return layer
+    tensors = read_tensors(paths[0])
+    second = read_second(seconds[int(tensors[_READS])], site.in_features)
+    if step.form == "dense" and step.repair:
+        (weight,) = site_matrices(model, site)
+        rounded = round_groups(weight["weight"], bits=step.bits, group=step.group, second=second)
+        left, right = (tensors[f"repair{step.bits}/{side}"] for side in ("left", "right"))
+        dtype = weight["weight"].dtype
+        pair = (right[: step.repair].to(dtype), left[:, : step.repair].to(dtype))
+        return QuantisedLinear.from_linear(original, rounded, repair=pair)
+    holder = nn.Module()
+    holder.add_module("site", layer)
+    with torch.no_grad():
+        quantise_site(holder, "site", step, second)
+    return holder.get_submodule("site")
+
+
+def _in_few_bits(
+    model: nn.Module, part: PreparedSite, weights: Mapping[str, Tensor], moments: SiteMoments, wanted: Wanted
+) -> dict[str, Tensor]:
+    """The choices of a site with their bits, and the factors of the largest repair at each width."""
+    site = part.site
+    metric = metric_of(dict(weights), moments, kfac.Options())
+    choices = site_choices(model, site, part.errors.numpy(), wanted)
+    choices = site_bits(part, choices, metric, wanted.bits, number_bytes(model, site))
+    tensors = {f"choices/{name}": torch.from_numpy(c) for name, c in zip(_COLUMNS, choices.columns(), strict=True)}
+    tensors["choices/whole"] = torch.tensor([choices.whole.parameters, choices.whole.bytes, choices.whole.macs])
+    weight = weights["weight"]
+    for bits in wanted.bits:
+        rank = int(choices.repair[choices.bits == bits].max(initial=0))
+        if rank:
+            rounded = round_groups(weight, bits=bits, group=wanted.group, second=metric.raw)
+            residual = weight.to("cpu", torch.float64) - rounded.dense().to("cpu", torch.float64)
+            factors = weighted_factors(residual, metric.second, metric.gradient)
+            left, right = _one_norm(factors.left[:, :rank], factors.right[:rank])
+            store = torch.promote_types(weight.dtype, torch.float32)
+            tensors |= {f"repair{bits}/left": left.to(store), f"repair{bits}/right": right.to(store)}
+    return tensors
 
 
 def error_curve(left: Tensor, right: Tensor, moments: SiteMoments | None, *, centred: bool) -> Tensor:
@@ -132,13 +247,16 @@ def _predicted(prepared: Prepared, moments: SiteMoments | None, method: Compress
     return _relative(error_curve(prepared.left, prepared.right, moments, centred=prepared.mean is not None))
 
 
-def _held_out(model: nn.Module, site: Site, moments: Moments, method: CompressMethod, options: Any) -> Tensor | None:
+def _held_out(
+    site: Site, weights: Mapping[str, Tensor], slot: int, moments: Moments, method: CompressMethod, options: Any
+) -> Tensor | None:
     try:
-        part: PreparedSite = prepare_site(model, site, moments, method, options, half="A")
-        known = site_moments(moments, site, 0, "B")
+        prepared, _ = prepare_slice(site, weights, slot, moments, method, options, half="A")
+        known = site_moments(moments, site, slot, "B")
     except InputError:
         return None
-    prepared = part.slices[0]
+    if known is None or known.count == 0:
+        return None
     return _relative(error_curve(prepared.left, prepared.right, known, centred=prepared.mean is not None))
 
 

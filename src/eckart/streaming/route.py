@@ -9,7 +9,7 @@ this way is found by :meth:`Route.check`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from eckart.arch import Block, find_blocks, get_module
 from eckart.errors import InputError
+from eckart.hf.mapped import filled
 from eckart.moments import Batch
 
 Stand = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
@@ -58,7 +59,7 @@ class Route:
         """
         row: Batch = batch[:1] if isinstance(batch, Tensor) else {name: value[:1] for name, value in batch.items()}
         entering = self.start(row)
-        with torch.no_grad():
+        with torch.no_grad(), self.holding(0):
             output = self._run(0, row, entering)
         self._tuple = isinstance(output, tuple)
         rest = [part for part in output[1:] if part is not None] if self._tuple else []
@@ -89,6 +90,10 @@ class Route:
         reached = torch.autograd.grad(sum(end.sum() for end in ends), given, allow_unused=True)  # type: ignore[arg-type]
         if any(gradient is not None for gradient in reached[:-1]):
             raise _refused(self.model, "its head reads more than the last block")
+
+    def holding(self, index: int) -> AbstractContextManager[None]:
+        """Experts of the block that lie in the files one by one are in memory while this is open."""
+        return filled(self.model, self.blocks[index].name)
 
     def start(self, batch: Batch) -> Tensor:
         """The hidden state that enters the first block."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from eckart.apply.run import form_size
-from eckart.arch import model_size, site_size
+from eckart.apply.run import form_size, layer_size
+from eckart.arch import model_size, site_module, site_size
 from eckart.forms import Form, LowRank, Pivoted
+from eckart.hf.mapped import sources
+from eckart.layers import describe
+from eckart.modules import ModuleMethod, Piece
 from eckart.moments.tokens import BatchTokens
-from eckart.planning import Plan, Step
+from eckart.planning import Choice, Curve, Plan, Step
 from eckart.records import LayerOutcome, Outcome, Progress, Site, Size, silent
-from eckart.streaming.factors import SiteCurves, give_back_memory, read_curves
+from eckart.streaming.factors import SiteCurves, give_back_memory, layer_from_files, read_curves
 from eckart.streaming.journal import Journal, Lost
-from eckart.streaming.passes import Measure, block_unit, factor_file, units, units_of
-from eckart.streaming.plan import Wanted, number_bytes, plan_from
-from eckart.streaming.shards import Shard, entries_of, lay_out, write_index, write_shard
+from eckart.streaming.narrow import UnitFigures, read_figures, read_pieces
+from eckart.streaming.passes import Measure, block_unit, factor_file, factor_files, second_file, units, units_of
+from eckart.streaming.plan import Chosen, narrow_plan, number_bytes, plan_from, site_choices
+from eckart.streaming.shards import Shard, entries_of, lay_out, narrow_layers, write_index, write_shard
 
 MODEL = "model"
 """Folder of the finished files inside of the work folder."""
@@ -41,18 +47,31 @@ class Streamed:
     """What the moments were collected on."""
 
 
+@dataclass(frozen=True)
+class _Decision:
+    """A plan, and what it was made from."""
+
+    plan: Plan
+    entries: dict[str, dict[str, Any]]
+    """Of config.json."""
+    curves: Mapping[str, SiteCurves]
+    choices: Mapping[str, Choice]
+    narrow: Mapping[str, UnitFigures]
+
+
 def stream(
     measure: Measure,
-    wanted: Wanted,
     journal: Journal,
     skeleton: Callable[[dict[str, dict[str, Any]]], nn.Module],
     *,
+    widths: Chosen | None = None,
     progress: Progress = silent,
 ) -> Streamed:
     """Do every unit of work that the journal lacks: calibrate and decompose, plan, cut and write.
 
-    ``skeleton(entries)`` builds the compressed model without numbers. A unit whose files turn out damaged is made
-    again, with what hangs on it untouched, since every unit gives the same bytes each time.
+    ``skeleton(entries)`` builds the compressed model without numbers; ``widths`` is what a method of narrower modules
+    makes of every unit and site. A unit of work whose files turn out damaged is made again, with what hangs on it
+    untouched, since every unit gives the same bytes each time.
     """
     (journal.folder / MODEL).mkdir(exist_ok=True)
     for cut_short in journal.folder.rglob(".*.part"):
@@ -60,21 +79,39 @@ def stream(
     while True:
         try:
             _carry_out(journal, units(measure, journal, progress))
-            plan, curves = _decide(measure, wanted, journal)
-            model = skeleton(entries_of(plan, {site.name: site for site in measure.sites}))
-            shards = _shards(measure, wanted, model)
-            _carry_out(journal, _writing(measure, journal, plan, shards, progress))
+            decision = _decide(measure, journal, widths)
+            model = skeleton(decision.entries)
+            shards = _shards(measure, model, decision)
+            _carry_out(journal, _writing(measure, journal, decision, shards, progress))
             break
         except Lost as lost:
             journal.forget(lost.unit)
     write_index(journal.folder / MODEL, shards)
     return Streamed(
         folder=journal.folder / MODEL,
-        plan=plan,
-        outcome=_outcome(measure, plan, curves, model),
-        curves={name: _relative(found) for name, found in curves.items()},
+        plan=decision.plan,
+        outcome=_outcome(measure, decision, model, _unseen(measure, journal)),
+        curves={name: _relative(found) for name, found in decision.curves.items()},
         model=model,
         calibration=_calibration(measure, journal),
+    )
+
+
+def _unseen(measure: Measure, journal: Journal) -> tuple[str, ...]:
+    """A sentence on the experts that no token reached."""
+    lost = [
+        (name, experts)
+        for block in range(len(measure.route))
+        if journal.has(block_unit(block))
+        for name, experts in journal.facts(block_unit(block)).get("unseen", {}).items()
+    ]
+    if not lost:
+        return ()
+    name, experts = max(lost, key=lambda found: len(found[1]))
+    return (
+        f"no calibration token reached {sum(len(experts) for _, experts in lost)} expert matrices of {len(lost)} sites "
+        f"(as {name}: {', '.join(map(str, experts[:8]))}{', …' if len(experts) > 8 else ''}); they were compressed by "
+        "the mean of the other experts' inputs. Calibrate on more, or more varied, text.",
     )
 
 
@@ -109,32 +146,96 @@ def _places(measure: Measure) -> dict[str, tuple[int, int]]:
     }
 
 
-def _decide(measure: Measure, wanted: Wanted, journal: Journal) -> tuple[Plan, dict[str, SiteCurves]]:
-    curves = {}
+def _decide(measure: Measure, journal: Journal, widths: Chosen | None) -> _Decision:
+    sites = {site.name: site for site in measure.sites}
+    if isinstance(measure.method, ModuleMethod):
+        assert widths is not None
+        return _decide_narrow(measure, measure.method, journal, widths, sites)
+    found: dict[str, SiteCurves] = {}
+    curves = []
     for name, (block, index) in _places(measure).items():
         journal.require(block_unit(block))
-        curves[name] = read_curves(journal.folder / factor_file(block, index))
-    errors = {name: found.errors.numpy() for name, found in curves.items()}
-    plan = plan_from(measure.model, measure.sites, errors, wanted, measure.method, measure.options, measure.fingerprint)
-    return plan, curves
+        known = read_curves([journal.folder / file for file in factor_files(block, index, sites[name])])
+        choices = known.choices
+        if choices is None:
+            choices = site_choices(measure.model, sites[name], known.errors.numpy(), measure.wanted)
+        found[name] = known
+        curves.append(Curve(site=sites[name], choices=choices))
+    plan, chosen = plan_from(
+        measure.model, curves, measure.wanted, measure.method, measure.options, measure.fingerprint
+    )
+    return _Decision(plan, entries_of(plan, sites), found, chosen, {})
 
 
-def _shards(measure: Measure, wanted: Wanted, model: nn.Module) -> list[Shard]:
+def _decide_narrow(
+    measure: Measure, method: ModuleMethod, journal: Journal, widths: Chosen, sites: Mapping[str, Site]
+) -> _Decision:
+    figures: dict[str, UnitFigures] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for block in range(len(measure.route)):
+        if not measure.units_inside(block):
+            continue
+        journal.require(block_unit(block))
+        for index, each in enumerate(measure.units_inside(block)):
+            figures[each.unit.name] = read_figures(journal.folder / factor_file(block, index), each)
+        pieces = _pieces(measure, journal, block)
+        holder = nn.Module()
+        names = dict.fromkeys(piece.site for piece in pieces)
+        for name in names:  # one after the other: only their shapes are of interest
+            holder.add_module("site", narrow_layers(measure.model, sites, pieces, [name])[name])
+            entries[name] = describe(holder)["site"]
+    losses = {name: one.loss for name, one in figures.items()}
+    plan = narrow_plan(
+        measure.model,
+        measure.sites,
+        widths,
+        losses,
+        measure.wanted,
+        method,
+        measure.options,
+        measure.fingerprint,
+    )
+    return _Decision(plan, entries, {}, {}, figures)
+
+
+def _pieces(measure: Measure, journal: Journal, block: int) -> list[Piece]:
+    """What the units of a block became."""
+    return [
+        piece
+        for index, each in enumerate(measure.units_inside(block))
+        for piece in read_pieces(journal.folder / factor_file(block, index), each)
+    ]
+
+
+def _shards(measure: Measure, model: nn.Module, decision: _Decision) -> list[Shard]:
     blocks = [block.name for block in measure.route.blocks]
-    return lay_out(model, blocks, {site.name: site for site in measure.sites}, wanted.most)
+    changed = {step.site for step in decision.plan.steps if step.form != "dense" or step.bits} | set(decision.entries)
+    sites = {site.name: site for site in measure.sites if site.name in changed}
+    return lay_out(model, blocks, sites, measure.wanted.most, sources(measure.model))
 
 
 def _writing(
-    measure: Measure, journal: Journal, plan: Plan, shards: Sequence[Shard], progress: Progress
+    measure: Measure, journal: Journal, decision: _Decision, shards: Sequence[Shard], progress: Progress
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     places = _places(measure)
-    steps = {step.site: step for step in plan.steps}
-    factors = {name: journal.folder / factor_file(*place) for name, place in places.items()}
+    sites = {site.name: site for site in measure.sites}
+    steps = {step.site: step for step in decision.plan.steps}
+
+    def layer(site: Site, original: nn.Module) -> nn.Module:
+        block, index = places[site.name]
+        if isinstance(measure.method, ModuleMethod):
+            return narrow_layers(measure.model, sites, _pieces(measure, journal, block), [site.name])[site.name]
+        files = [journal.folder / file for file in factor_files(block, index, site)]
+        seconds = {i: journal.folder / second_file(block, i) for i in range(len(measure.inside(block)))}
+        return layer_from_files(files, seconds, measure.model, site, steps[site.name], original)
 
     def make(shard: Shard) -> None:
-        for site in shard.sites:
-            journal.require(block_unit(places[site.name][0]))
-        mark, seconds = write_shard(journal.folder / MODEL, shard, measure.model, steps, factors)
+        inside = dict.fromkeys(places[site.name][0] for site in shard.sites)
+        with contextlib.ExitStack() as stack:
+            for block in inside:
+                journal.require(block_unit(block))
+                stack.enter_context(measure.route.holding(block))
+            mark, seconds = write_shard(journal.folder / MODEL, shard, measure.model, layer)
         journal.seconds += seconds
         journal.done(shard.name, {f"{MODEL}/{shard.name}": mark})
         give_back_memory()
@@ -147,34 +248,25 @@ def _writing(
         journal.require(shard.name)
 
 
-def _outcome(measure: Measure, plan: Plan, curves: Mapping[str, SiteCurves], model: nn.Module) -> Outcome:
-    steps = {step.site: step for step in plan.steps}
+def _outcome(measure: Measure, decision: _Decision, model: nn.Module, notes: tuple[str, ...]) -> Outcome:
+    steps = {step.site: step for step in decision.plan.steps}
+    narrow = _narrow_outcomes(measure, decision, model)
     layers = []
     for site in measure.sites:
-        step, found = steps[site.name], curves[site.name]
-        width = number_bytes(measure.model, site)
-        before = site_size(site, width)
-        if step.form == "dense":
+        before = site_size(site, number_bytes(measure.model, site))
+        if site.name in narrow:
+            layers.append(dataclasses.replace(narrow[site.name], before=before))
+            continue
+        step = steps[site.name]
+        if step.form == "dense" and not step.bits:
             layers.append(
                 LayerOutcome(site=site, form="dense", rank=site.full_rank, before=before, after=before, predicted=0.0)
             )
             continue
-        weight = measure.model.get_submodule(site.name).get_parameter("weight")
-        layers.append(
-            LayerOutcome(
-                site=site,
-                form=step.form,
-                rank=step.rank,
-                before=before,
-                after=form_size([_shape_of(step, site, weight.dtype)], site),
-                predicted=float(found.predicted[step.rank]),
-                held_out=None if found.held_out is None else float(found.held_out[step.rank]),
-                loss=float(found.errors[step.rank]) if measure.method.loss_units else None,
-            )
-        )
+        layers.append(_changed(measure, decision, model, site, step, before))
     nothing = Size(parameters=0, bytes=0, macs=0)
     losses = [layer.loss for layer in layers if layer.loss is not None]
-    compressed = [layer for layer in layers if layer.form != "dense"]
+    compressed = [layer for layer in layers if layer.form != "dense" or layer.bits]
     return Outcome(
         layers=tuple(layers),
         sites_before=sum((layer.before for layer in layers), nothing),
@@ -182,10 +274,70 @@ def _outcome(measure: Measure, plan: Plan, curves: Mapping[str, SiteCurves], mod
         model_before=model_size(measure.model),
         model_after=model_size(model),
         predicted_loss=sum(losses) if losses and len(losses) == len(compressed) else None,
-        method=plan.method,
-        budget=str(plan.budget),
+        method=measure.method.name,
+        budget=str(decision.plan.budget),
         seconds=0.0,
+        notes=notes,
     )
+
+
+def _changed(
+    measure: Measure, decision: _Decision, model: nn.Module, site: Site, step: Step, before: Size
+) -> LayerOutcome:
+    """One map in factors, in few bits, or both. What rounding adds is a share of the error at rank 0, as planned."""
+    found = decision.curves[site.name]
+    rank = site.full_rank if step.form == "dense" else step.rank
+    exact, total = float(found.errors[rank]) if step.form != "dense" else 0.0, float(found.errors[0])
+    loss = decision.choices[site.name].loss if step.bits else exact
+    predicted = float(found.predicted[rank]) if step.form != "dense" else 0.0
+    if step.bits and total > 0:
+        predicted = min(predicted + max(loss - exact, 0.0) / total, 1.0)
+    held_out = None if found.held_out is None or step.form == "dense" else float(found.held_out[rank])
+    if step.bits:
+        after = layer_size(model.get_submodule(site.name))
+    else:
+        dtype = next(site_module(measure.model, site).parameters()).dtype
+        after = form_size([_shape_of(step, site, dtype)] * site.slices, site)
+    return LayerOutcome(
+        site=site,
+        form=step.form,
+        rank=rank,
+        before=before,
+        after=after,
+        predicted=predicted,
+        held_out=held_out,
+        loss=loss if measure.method.loss_units else None,
+        bits=step.bits,
+        repair=step.repair,
+    )
+
+
+def _narrow_outcomes(measure: Measure, decision: _Decision, model: nn.Module) -> dict[str, LayerOutcome]:
+    """What happened to the maps of every unit; the loss of a unit is put down to its carrier."""
+    sites = {site.name: site for site in measure.sites}
+    nothing = Size(parameters=0, bytes=0, macs=0)
+    found: dict[str, LayerOutcome] = {}
+    for each in measure.narrow:
+        one = decision.narrow.get(each.unit.name)
+        if one is None:
+            continue
+        share = measure.widths[each.unit.name] / each.unit.full_rank
+        for name in each.unit.sites:
+            loss = None
+            if measure.method.loss_units:
+                before = found[name].loss if name in found else 0.0  # a fused map that two units change
+                loss = (before or 0.0) + (one.loss if name == one.carrier else 0.0)
+            found[name] = LayerOutcome(
+                site=sites[name],
+                form="narrow",
+                rank=round(share * sites[name].full_rank),
+                before=nothing,
+                after=layer_size(model.get_submodule(name)),
+                predicted=one.predicted,
+                held_out=one.held_out,
+                loss=loss,
+            )
+    return found
 
 
 def _shape_of(step: Step, site: Site, dtype: torch.dtype) -> Form:

@@ -1,11 +1,17 @@
-"""Methods that act while a model is trained: ranks that shrink, weights that are shared, layers that are kernels."""
+"""Methods that act while a model is trained: ranks that shrink, weights that are shared, layers that are kernels.
 
-from eckart.training.gqsa import GroupSparseInt4, group_sparsify, quantiser_parameters
-from eckart.training.lr2vq import LR2VQConv2d, LR2VQLinear, quantise_vectors
+Transformers models with layers of theirs are saved and loaded like all others:
+``eckart.hf.registry.prepare_for_saving(model)``, then ``save_pretrained``, and plain ``AutoModel.from_pretrained`` after
+``import eckart``.
+"""
+
+from eckart.layers import GroupSparseInt4, LR2VQConv2d, LR2VQLinear, SNNKLinear
+from eckart.training.gqsa import group_sparse, group_sparsify, quantiser_parameters
+from eckart.training.lr2vq import quantise_vectors, vector_coded, vector_coded_conv
 from eckart.training.maestro import Maestro
 from eckart.training.method import TrainingMethod
 from eckart.training.rps import StableRPS
-from eckart.training.snnk import SNNKLinear, bundle
+from eckart.training.snnk import bundle, fit_features, raw_estimate
 from eckart.training.table import TRAINING
 from eckart.training.trp import TrainedRankPruning
 
@@ -20,7 +26,12 @@ __all__ = [
     "TrainedRankPruning",
     "TrainingMethod",
     "bundle",
+    "fit_features",
+    "group_sparse",
     "group_sparsify",
     "quantise_vectors",
     "quantiser_parameters",
+    "raw_estimate",
+    "vector_coded",
+    "vector_coded_conv",
 ]

@@ -36,7 +36,7 @@ Large Language Model Inference”, 2024, https://arxiv.org/abs/2412.17560.
 >>> from torch import nn
 >>> x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 >>> linear = nn.Linear(64, 32)
->>> layer = GroupSparseInt4.from_linear(linear, SiteMoments(count=500, second=x.T @ x / 500))
+>>> layer = group_sparse(linear, SiteMoments(count=500, second=x.T @ x / 500))
 >>> {name: (tuple(value.shape), str(value.dtype)[6:]) for name, value in layer.state_dict().items()}
 ... # doctest: +NORMALIZE_WHITESPACE
 {'scales': ((64,), 'float32'), 'zeros': ((64,), 'float32'), 'bias': ((32,), 'float32'),
@@ -48,19 +48,21 @@ True
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 
-from eckart.arch import find_sites, get_module, set_module, site_matrices
+from eckart.arch import find_sites, get_module, set_module
 from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
+from eckart.layers import GroupSparseInt4
+from eckart.layers.group_sparse import group_fault
+from eckart.layers.linear import is_conv1d
 from eckart.moments import Moments, SiteMoments
 from eckart.records import Claim, Paper, Site, Verdict
-from eckart.training.coded import CodedLayer, CodedReport, CodedSite
+from eckart.training.coded import CodedReport, CodedSite
 from eckart.training.method import TrainingMethod
 from eckart.training.trial import held_out_loss, plainly_trained, train
 
@@ -69,140 +71,69 @@ LEVELS = 15
 DAMPING = 0.01
 
 
-class GroupSparseInt4(CodedLayer):
-    """y = W x + b for x (…, in), with W (out, in) decoded from ``kept`` groups of 4-bit codes in every call.
+def group_sparse(
+    layer: nn.Module,
+    moments: SiteMoments | None = None,
+    *,
+    sparsity: float = 0.5,
+    group: int = 16,
+    per_row: bool = True,
+    refit: bool = True,
+    damping: float = DAMPING,
+) -> GroupSparseInt4:
+    """The layer for an nn.Linear or transformers' ``Conv1D``: groups dropped, the others refitted and rounded.
 
-    ``scales``, ``zeros`` and ``bias`` are trained, codes and places are fixed. The constructor makes a layer of zeros
-    for a state dict; :meth:`from_linear` fits one. Drop-in for nn.Linear, ``weight`` included.
+    ``moments.second`` (in, in) is H; without moments, and for a diagonal, columns are taken as uncorrelated.
+    ``sparsity`` is the share of groups to drop, in [0, 1), of each row or with ``per_row=False`` of the matrix;
+    ``group`` is even and divides in; ``damping`` > 0 is a share of the mean of diag(H). Raises InputError for
+    values out of range, NotFiniteError for NaN or Inf.
     """
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise InputError(f"GroupSparseInt4: expected a layer with a 2-D weight; got {type(layer).__name__}.")
+    transposed = is_conv1d(layer)
+    W = (weight.T if transposed else weight).detach().cpu().double()
+    out_features, in_features = W.shape
+    _check_options(in_features, out_features, sparsity, group, damping)
+    H = _metric(moments, in_features)
+    if not torch.isfinite(W).all() or not torch.isfinite(H).all():
+        raise NotFiniteError("GroupSparseInt4: NaN or Inf in the weight or the moments.")
+    damped = H + torch.eye(in_features, dtype=H.dtype) * (damping * H.diagonal().mean() or 1.0)
+    keep = kept_groups(W, damped, sparsity, group, per_row)
+    fitted = refitted(W, damped, keep.repeat_interleave(group, 1)) if refit else W
+    new = GroupSparseInt4(
+        in_features,
+        out_features,
+        kept=int(keep.sum()),
+        group=group,
+        bias=bias is not None,
+        original=type(layer) if transposed else nn.Linear,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    _fill(new, fitted.reshape(out_features, -1, group), keep)
+    if new.bias is not None and isinstance(bias, Tensor):
+        new.bias.data.copy_(bias)
+    missed = W - new.matrix().detach().cpu().double()
+    total = float(((W @ H) * W).sum())
+    new.error = float(((missed @ H) * missed).sum()) / total if total else 0.0
+    return new.train(layer.training)
 
-    row_pointers: Tensor
-    """(out + 1,) int32: the groups of row i are those from entry i up to entry i + 1."""
-    columns: Tensor
-    """(kept,): which group of its row each one is, in the smallest integer type."""
-    packed: Tensor
-    """(kept, group / 2) uint8: two codes per byte, the first one in the low half."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        kept: int,
-        group: int = 16,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        _check(in_features, out_features, kept, group)
-        self.in_features, self.out_features, self.group = in_features, out_features, group
-        self.shape = (out_features, in_features)
-        self.scales = nn.Parameter(torch.zeros(kept, device=device, dtype=dtype))
-        """s, one per kept group; these and ``zeros`` are what the second stage tunes."""
-        self.zeros = nn.Parameter(torch.zeros(kept, device=device, dtype=dtype))
-        """z, in units of codes, not rounded."""
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        pointers = torch.zeros(out_features + 1, dtype=torch.int32, device=device)
-        pointers[1:] = kept  # all groups in the first row, a valid layout until a state dict brings another
-        self.register_buffer("row_pointers", pointers)
-        columns = torch.zeros(kept, dtype=_column_dtype(in_features // group), device=device)
-        self.register_buffer("columns", columns)
-        self.register_buffer("packed", torch.zeros(kept, group // 2, dtype=torch.uint8, device=device))
-        self.error: float | None = None
-        """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of the fit; None for a layer that was not fitted here."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.matrix(), self.bias)
-
-    def levels(self) -> Tensor:
-        return self.scales
-
-    def matrix(self) -> Tensor:
-        codes = torch.stack([self.packed & 15, self.packed >> 4], dim=-1).flatten(1)
-        values = (codes - self.zeros[:, None]) * self.scales[:, None]
-        every_row = torch.arange(self.out_features, device=values.device)
-        rows = every_row.repeat_interleave(self.row_pointers.diff(), output_size=len(values))
-        empty = values.new_zeros(self.out_features, self.in_features // self.group, self.group)
-        return empty.index_put((rows, self.columns.long()), values).flatten(1)
-
-    def to_dense(self) -> nn.Linear:
-        """An nn.Linear with the decoded weight, zeros and all."""
-        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.matrix().detach())
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense.train(self.training)
-
-    @classmethod
-    def from_linear(
-        cls,
-        layer: nn.Module,
-        moments: SiteMoments | None = None,
-        *,
-        sparsity: float = 0.5,
-        group: int = 16,
-        per_row: bool = True,
-        refit: bool = True,
-        damping: float = DAMPING,
-    ) -> Self:
-        """The layer for an nn.Linear: groups dropped, the others refitted and rounded.
-
-        ``moments.second`` (in, in) is H; without moments, and for a diagonal, columns are taken as uncorrelated.
-        ``sparsity`` is the share of groups to drop, in [0, 1), of each row or with ``per_row=False`` of the matrix;
-        ``group`` is even and divides in; ``damping`` > 0 is a share of the mean of diag(H). Raises InputError for
-        values out of range, NotFiniteError for NaN or Inf.
-        """
-        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise InputError(f"GroupSparseInt4: expected a layer with a 2-D weight; got {type(layer).__name__}.")
-        out_features, in_features = weight.shape
-        _check_options(in_features, out_features, sparsity, group, damping)
-        W = weight.detach().cpu().double()
-        H = _metric(moments, in_features)
-        if not torch.isfinite(W).all() or not torch.isfinite(H).all():
-            raise NotFiniteError("GroupSparseInt4: NaN or Inf in the weight or the moments.")
-        damped = H + torch.eye(in_features, dtype=H.dtype) * (damping * H.diagonal().mean() or 1.0)
-        keep = kept_groups(W, damped, sparsity, group, per_row)
-        fitted = refitted(W, damped, keep.repeat_interleave(group, 1)) if refit else W
-        new = cls(
-            in_features,
-            out_features,
-            kept=int(keep.sum()),
-            group=group,
-            bias=bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        new._fill(fitted.reshape(out_features, -1, group), keep)
-        if new.bias is not None and isinstance(bias, Tensor):
-            new.bias.data.copy_(bias)
-        missed = W - new.matrix().detach().cpu().double()
-        total = float(((W @ H) * W).sum())
-        new.error = float(((missed @ H) * missed).sum()) / total if total else 0.0
-        return new.train(layer.training)
-
-    @torch.no_grad()
-    def _fill(self, groups: Tensor, keep: Tensor) -> None:
-        """Codes, scales and zero points of the kept ones of ``groups`` (out, in / group, group)."""
-        values = groups[keep]
-        low = values.amin(1, keepdim=True)
-        scales = (values.amax(1, keepdim=True) - low) / LEVELS
-        # A group of equal weights is w = s (q − z) with q = 0, s = 1, z = −w.
-        scales = torch.where(scales > 0, scales, 1.0)
-        codes = ((values - low) / scales).round().to(torch.uint8)
-        self.scales.copy_(scales[:, 0])
-        self.zeros.copy_((-low / scales)[:, 0])
-        self.packed.copy_(codes[:, ::2] | codes[:, 1::2] << 4)
-        self.columns.copy_(keep.nonzero()[:, 1])
-        self.row_pointers[1:].copy_(keep.sum(1).cumsum(0))
-
-    def extra_repr(self) -> str:
-        kept = len(self.scales) / (self.out_features * self.in_features // self.group)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, group={self.group}, kept={kept:.3f}, "
-            f"bias={self.bias is not None}"
-        )
+@torch.no_grad()
+def _fill(layer: GroupSparseInt4, groups: Tensor, keep: Tensor) -> None:
+    """Codes, scales and zero points of the kept ones of ``groups`` (out, in / group, group)."""
+    values = groups[keep]
+    low = values.amin(1, keepdim=True)
+    scales = (values.amax(1, keepdim=True) - low) / LEVELS
+    # A group of equal weights is w = s (q − z) with q = 0, s = 1, z = −w.
+    scales = torch.where(scales > 0, scales, 1.0)
+    codes = ((values - low) / scales).round().to(torch.uint8)
+    layer.scales.copy_(scales[:, 0])
+    layer.zeros.copy_((-low / scales)[:, 0])
+    layer.packed.copy_(codes[:, ::2] | codes[:, 1::2] << 4)
+    layer.columns.copy_(keep.nonzero()[:, 1])
+    layer.row_pointers[1:].copy_(keep.sum(1).cumsum(0))
 
 
 def kept_groups(W: Tensor, H: Tensor, sparsity: float, group: int, per_row: bool) -> Tensor:
@@ -252,13 +183,8 @@ def group_sparsify(
         raise InputError(problems("group_sparsify: no map can be coded", [f"{n}: {why}" for n, why in skipped]))
     done = []
     for site in (site for site in sites if site.name not in left):
-        (matrices,) = site_matrices(model, site)
-        rows, columns = matrices["weight"].shape
-        dense = nn.Linear(columns, rows, bias="bias" in matrices, device="meta")
-        for name, tensor in matrices.items():
-            setattr(dense, name, nn.Parameter(tensor))
-        new = GroupSparseInt4.from_linear(
-            dense,
+        new = group_sparse(
+            get_module(model, site.name),
             None if moments is None else moments.site(site.name),
             sparsity=sparsity,
             group=group,
@@ -302,26 +228,8 @@ def _metric(moments: SiteMoments | None, in_features: int) -> Tensor:
     return torch.diag(second) if second.ndim == 1 else second
 
 
-def _column_dtype(groups: int) -> torch.dtype:
-    return torch.uint8 if groups <= 2**8 else torch.int16 if groups <= 2**15 else torch.int32
-
-
-def _group_fault(in_features: int, group: int) -> str | None:
-    if group < 2 or group % 2 or in_features % group:
-        return f"group is even and divides the {in_features} columns; got {group}"
-    return None
-
-
-def _check(in_features: int, out_features: int, kept: int, group: int) -> None:
-    if fault := _group_fault(in_features, group):
-        raise InputError(f"GroupSparseInt4: {fault}.")
-    everything = out_features * in_features // group
-    if not 1 <= kept <= everything:
-        raise InputError(f"GroupSparseInt4: kept is in 1 … {everything}, the number of groups; got {kept}.")
-
-
 def _check_options(in_features: int, out_features: int, sparsity: float, group: int, damping: float) -> None:
-    found = [fault] if (fault := _group_fault(in_features, group)) else []
+    found = [fault] if (fault := group_fault(in_features, group)) else []
     if not 0 <= sparsity < 1:
         found.append(f"sparsity is the share of groups to drop, in [0, 1); got {sparsity!r}")
     if not 0 < damping < float("inf"):
@@ -336,7 +244,7 @@ def _unfit(site: Site, group: int) -> str | None:
         return f"{site.kind} is not coded"
     if site.tied:
         return f"it shares its weight with {', '.join(site.tied)}"
-    return _group_fault(site.in_features, group)
+    return group_fault(site.in_features, group)
 
 
 CLAIM_MAPS = ("mix", "up", "down", "head")
@@ -382,7 +290,7 @@ def _run_claim() -> Verdict:
         for site in CLAIM_MAPS:
             old: Any = get_module(model, site)
             if name == "GQSA W4S50":
-                new = GroupSparseInt4.from_linear(old, moments[site])
+                new = group_sparse(old, moments[site])
                 bits += new.stored_bits() - 16 * (len(new.scales) + len(new.zeros))  # both kept in 16 bits
                 set_module(model, site, new)
                 trained += [new.scales, new.zeros]
@@ -423,7 +331,7 @@ METHOD = TrainingMethod(
         year=2024,
         link="https://arxiv.org/abs/2412.17560",
     ),
-    entry=GroupSparseInt4,
+    entry=group_sparsify,
     claim=Claim(
         statement="At three to four bits per weight, half of the groups in 4 bits end at a lower held-out loss than "
         "all weights in 2 bits and than 2:4 sparsity in 4 bits, each with its scales tuned for as many steps.",

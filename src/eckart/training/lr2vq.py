@@ -19,8 +19,8 @@ trained as in the paper, and by 0.49 with plain codes and as many steps, althoug
 1.56. So the claim below fails here. ``dimension="auto"`` mostly answers m on weights not trained in a subspace.
 
 *Departs from the paper in.* The paper trains the low-rank representation before it clusters; here that is the same
-layer with ``codes=None`` (one code per subvector), trained, and given to ``from_linear`` again. k-means is weighted
-and P takes part in it. The codes are hard during training, with gradients through the gather. "auto" fits every
+layer with ``codes=None`` (one code per subvector), trained, and given to :func:`vector_coded` again. k-means is
+weighted and P takes part in it. The codes are hard during training, with gradients through the gather. "auto" fits every
 d̃ for a few rounds, and takes the smallest whose error is within 1 % of the least. How the authors lay subvectors
 over kernels was not found; here they run along (in/groups, height, width). No official code was found.
 
@@ -32,7 +32,7 @@ https://arxiv.org/abs/2211.11397.
 >>> import torch
 >>> from torch import nn
 >>> linear = nn.Linear(32, 64)
->>> layer = LR2VQLinear.from_linear(linear, subvector=8, dimension=4, codes=16)
+>>> layer = vector_coded(linear, subvector=8, dimension=4, codes=16)
 >>> {name: (tuple(value.shape), str(value.dtype)[6:]) for name, value in layer.state_dict().items()}
 ... # doctest: +NORMALIZE_WHITESPACE
 {'codebook': ((16, 4), 'float32'), 'projection': ((8, 4), 'float32'), 'bias': ((64,), 'float32'),
@@ -47,18 +47,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear
 
-from eckart.arch import find_sites, get_module, set_module, site_matrices
+from eckart.arch import find_sites, get_module, set_module
 from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
+from eckart.layers import LR2VQConv2d, LR2VQLinear, VectorCoded
+from eckart.layers.linear import is_conv1d
+from eckart.layers.vector_coded import check_sizes, size_faults
 from eckart.moments import Moments
 from eckart.records import Claim, Paper, Site, Verdict
-from eckart.training.coded import CodedLayer, CodedReport, CodedSite
+from eckart.training.coded import CodedReport, CodedSite
 from eckart.training.method import TrainingMethod
 from eckart.training.trial import ByteModel, held_out_loss, plainly_trained, train
 
@@ -177,213 +179,68 @@ def _first_codes(vectors: Tensor, weights: Tensor, P: Tensor, codes: int, genera
     return z[chosen]
 
 
-def _index_dtype(codes: int) -> torch.dtype:
-    return torch.uint8 if codes <= 2**8 else torch.int16 if codes <= 2**15 else torch.int32
+def vector_coded(
+    layer: nn.Module,
+    *,
+    subvector: int,
+    codes: int | None,
+    dimension: Dimension = "auto",
+    diagonal: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LR2VQLinear:
+    """The layer fitted to ``layer.weight``: an nn.Linear, a ``Conv1D``, or a layer of this kind that was trained.
 
-
-class VectorCoded(CodedLayer):
-    """What both layers share: the codes, P and the integers."""
-
-    assignments: Tensor
-    """(out · in / m,) of the smallest integer type, along the rows of the matrix."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        *,
-        subvector: int,
-        dimension: int,
-        codes: int,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.shape = shape
-        rows, columns = shape[0], math.prod(shape[1:])
-        _check_sizes(type(self).__name__, rows, columns, subvector, dimension, codes)
-        self.subvector, self.dimension, self.codes = subvector, dimension, codes
-        self.codebook = nn.Parameter(torch.zeros(codes, dimension, device=device, dtype=dtype))
-        """Z (k, d̃)."""
-        self.projection: nn.Parameter | None = None
-        """P (m, d̃); None where d̃ = m, since there the codes hold it."""
-        if dimension < subvector:
-            self.projection = nn.Parameter(torch.zeros(subvector, dimension, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None
-        empty = torch.zeros(rows * columns // subvector, dtype=_index_dtype(codes), device=device)
-        self.register_buffer("assignments", empty)
-        self.error: float | None = None
-        """Relative weighted error of the fit; None for a layer that was not fitted here."""
-
-    def levels(self) -> Tensor:
-        return self.codebook
-
-    def matrix(self) -> Tensor:
-        decoded = self.codebook if self.projection is None else self.codebook @ self.projection.T
-        return decoded.index_select(0, self.assignments.int()).reshape(self.shape[0], -1)
-
-    def bake(self) -> Self:
-        """The same layer with P multiplied into the codes: k · m numbers and nothing to project."""
-        baked = self._like(dimension=self.subvector, codes=self.codes)
-        with torch.no_grad():
-            if self.projection is None:
-                baked.codebook.copy_(self.codebook)
-            else:
-                baked.codebook.copy_(self.codebook @ self.projection.T)
-            if baked.bias is not None and self.bias is not None:
-                baked.bias.copy_(self.bias)
-        baked.assignments = self.assignments.clone()
-        baked.error = self.error
-        return baked.train(self.training)
-
-    def _like(self, *, dimension: int, codes: int) -> Self:
-        """An empty layer of the same map."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def _fill(self, weight: Tensor, bias: Tensor | None, fit: VectorFit, total: float) -> None:
-        decoded = fit.codebook if self.projection is not None else fit.codebook @ fit.projection.T
-        self.codebook.copy_(decoded)
-        if self.projection is not None:
-            self.projection.copy_(fit.projection)
-        self.assignments.copy_(fit.assignments)
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
-        self.error = fit.errors[-1] / total if total else 0.0
-
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}, subvector={self.subvector}, dimension={self.dimension}, codes={self.codes}"
-
-
-class LR2VQLinear(VectorCoded):
-    """y = W x + b for x (…, in), with W (out, in) decoded from codes, P and integers in every call.
-
-    ``codebook``, ``projection`` and ``bias`` are trained, ``assignments`` are fixed. The constructor makes a layer of
-    zeros for a state dict; :meth:`from_linear` fits one. Drop-in for nn.Linear, ``weight`` included.
+    ``subvector`` m divides in; ``codes`` k ≤ out · in / m, or None for the low-rank representation itself, one
+    code per subvector; ``dimension`` d̃ in 1 … m or "auto"; ``diagonal`` E[x_j²] (in,) weighs the errors;
+    ``generator`` draws the first codes (default: a new one with seed 0). Raises InputError for sizes that do
+    not fit, NotFiniteError for NaN or Inf.
     """
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, **sizes: Any) -> None:
-        super().__init__((out_features, in_features), bias=bias, **sizes)
-        self.in_features, self.out_features = in_features, out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.matrix(), self.bias)
-
-    def to_dense(self) -> nn.Linear:
-        """An nn.Linear with the decoded weight."""
-        return _as_linear(self.matrix().detach(), self.bias)
-
-    def _like(self, *, dimension: int, codes: int) -> Self:
-        return type(self)(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            subvector=self.subvector,
-            dimension=dimension,
-            codes=codes,
-            device=self.codebook.device,
-            dtype=self.codebook.dtype,
-        )
-
-    @classmethod
-    def from_linear(
-        cls,
-        layer: nn.Module,
-        *,
-        subvector: int,
-        codes: int | None,
-        dimension: Dimension = "auto",
-        diagonal: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        """The layer fitted to ``layer.weight`` (out, in): an nn.Linear, or a layer of this kind that was trained.
-
-        ``subvector`` m divides in; ``codes`` k ≤ out · in / m, or None for the low-rank representation itself, one
-        code per subvector; ``dimension`` d̃ in 1 … m or "auto"; ``diagonal`` E[x_j²] (in,) weighs the errors;
-        ``generator`` draws the first codes (default: a new one with seed 0). Raises InputError for sizes that do
-        not fit, NotFiniteError for NaN or Inf.
-        """
-        weight, bias = _weight_of(layer, 2)
-        fit, total = _fit("LR2VQLinear", weight, subvector, codes, dimension, diagonal, generator)
-        new = cls(
-            weight.shape[1],
-            weight.shape[0],
-            bias=bias is not None,
-            subvector=subvector,
-            dimension=fit.codebook.shape[1],
-            codes=len(fit.codebook),
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        new._fill(weight, bias, fit, total)
-        return new.train(layer.training)
+    stored, bias = _weight_of(layer, 2)
+    transposed = is_conv1d(layer) or bool(getattr(layer, "transposed", False))
+    weight = stored.T if transposed else stored
+    fit, total = _fit("LR2VQLinear", weight, subvector, codes, dimension, diagonal, generator)
+    new = LR2VQLinear(
+        weight.shape[1],
+        weight.shape[0],
+        bias=bias is not None,
+        original=getattr(layer, "original", type(layer)) if transposed else nn.Linear,
+        subvector=subvector,
+        dimension=fit.codebook.shape[1],
+        codes=len(fit.codebook),
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    _fill(new, bias, fit, total)
+    return new.train(layer.training)
 
 
-class LR2VQConv2d(VectorCoded):
-    """A convolution with its kernel (out, in, height, width) out of codes; subvectors run along (in, height, width)."""
+def vector_coded_conv(
+    layer: nn.Conv2d,
+    *,
+    subvector: int,
+    codes: int,
+    dimension: Dimension = "auto",
+    diagonal: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> LR2VQConv2d:
+    """As :func:`vector_coded`; m divides in · height · width, which ``diagonal`` runs over."""
+    kernel, bias = _weight_of(layer, 4)
+    fit, total = _fit("LR2VQConv2d", kernel.flatten(1), subvector, codes, dimension, diagonal, generator)
+    new = LR2VQConv2d(layer, subvector=subvector, dimension=fit.codebook.shape[1], codes=len(fit.codebook))
+    _fill(new, bias, fit, total)
+    return new.train(layer.training)
 
-    def __init__(self, geometry: nn.Conv2d, *, subvector: int, dimension: int, codes: int) -> None:
-        if geometry.padding_mode != "zeros" or geometry.groups != 1:
-            raise InputError(
-                "LR2VQConv2d: expected one group and zero padding; got "
-                f"groups={geometry.groups}, padding_mode={geometry.padding_mode!r}."
-            )
-        super().__init__(
-            tuple(geometry.weight.shape),
-            subvector=subvector,
-            dimension=dimension,
-            codes=codes,
-            bias=geometry.bias is not None,
-            device=geometry.weight.device,
-            dtype=geometry.weight.dtype,
-        )
-        self.stride, self.padding, self.dilation = geometry.stride, geometry.padding, geometry.dilation
 
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = self.matrix().reshape(self.shape)
-        return conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation)
-
-    def to_dense(self) -> nn.Conv2d:
-        """An nn.Conv2d with the decoded kernel."""
-        dense = self._geometry()
-        dense.weight = nn.Parameter(self.matrix().detach().reshape(self.shape))
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense
-
-    def _geometry(self) -> nn.Conv2d:
-        return nn.Conv2d(
-            self.shape[1],
-            self.shape[0],
-            (self.shape[2], self.shape[3]),
-            stride=self.stride,  # type: ignore[arg-type]
-            padding=self.padding,  # type: ignore[arg-type]
-            dilation=self.dilation,  # type: ignore[arg-type]
-            bias=self.bias is not None,
-            device=self.codebook.device,
-            dtype=self.codebook.dtype,
-        )
-
-    def _like(self, *, dimension: int, codes: int) -> Self:
-        return type(self)(self._geometry(), subvector=self.subvector, dimension=dimension, codes=codes)
-
-    @classmethod
-    def from_conv(
-        cls,
-        layer: nn.Conv2d,
-        *,
-        subvector: int,
-        codes: int,
-        dimension: Dimension = "auto",
-        diagonal: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        """As :meth:`LR2VQLinear.from_linear`; m divides in · height · width, which ``diagonal`` runs over."""
-        kernel, bias = _weight_of(layer, 4)
-        fit, total = _fit("LR2VQConv2d", kernel.flatten(1), subvector, codes, dimension, diagonal, generator)
-        new = cls(layer, subvector=subvector, dimension=fit.codebook.shape[1], codes=len(fit.codebook))
-        new._fill(kernel, bias, fit, total)
-        return new.train(layer.training)
+@torch.no_grad()
+def _fill(layer: VectorCoded, bias: Tensor | None, fit: VectorFit, total: float) -> None:
+    decoded = fit.codebook if layer.projection is not None else fit.codebook @ fit.projection.T
+    layer.codebook.copy_(decoded)
+    if layer.projection is not None:
+        layer.projection.copy_(fit.projection)
+    layer.assignments.copy_(fit.assignments)
+    if layer.bias is not None and bias is not None:
+        layer.bias.copy_(bias)
+    layer.error = fit.errors[-1] / total if total else 0.0
 
 
 def quantise_vectors(
@@ -421,11 +278,7 @@ def quantise_vectors(
         given["diagonal"] = None if moments is None else moments.site(site.name).diagonal
         given["generator"] = generator
         new: VectorCoded
-        if isinstance(old, nn.Conv2d):
-            new = LR2VQConv2d.from_conv(old, **given)
-        else:
-            (matrices,) = site_matrices(model, site)
-            new = LR2VQLinear.from_linear(_as_linear(matrices["weight"], matrices.get("bias")), **given)
+        new = vector_coded_conv(old, **given) if isinstance(old, nn.Conv2d) else vector_coded(old, **given)
         bits = 8 * old.get_parameter("weight").nbytes
         set_module(model, site.name, new)
         done.append(
@@ -448,17 +301,8 @@ def _unfit(model: nn.Module, site: Site, subvector: int, codes: int, dimension: 
         return f"{site.kind} is not coded"
     if site.tied:
         return f"it shares its weight with {', '.join(site.tied)}"
-    found = _size_faults(site.out_features, site.in_features, subvector, 1 if dimension == "auto" else dimension, codes)
+    found = size_faults(site.out_features, site.in_features, subvector, 1 if dimension == "auto" else dimension, codes)
     return "; ".join(found) or None
-
-
-def _as_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    rows, columns = weight.shape
-    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
-    return layer
 
 
 def _weight_of(layer: nn.Module, dims: int) -> tuple[Tensor, Tensor | None]:
@@ -487,7 +331,7 @@ def _fit(
     if codes is None and dimension == "auto":
         raise InputError(f"{what}: without codes there is no clustering error to weigh; give a dimension.")
     count = rows * columns // max(subvector, 1) if codes is None else codes
-    _check_sizes(what, rows, columns, subvector, 1 if dimension == "auto" else dimension, count)
+    check_sizes(what, rows, columns, subvector, 1 if dimension == "auto" else dimension, count)
     metric = torch.ones(columns, dtype=torch.float64) if diagonal is None else diagonal.detach().cpu().double()
     if metric.shape != (columns,) or not torch.isfinite(metric).all() or (metric < 0).any():
         raise InputError(f"{what}: diagonal is ({columns},), finite and not negative; got {tuple(metric.shape)}.")
@@ -516,22 +360,6 @@ def _least(fit: Callable[[int, int], VectorFit], subvector: int) -> int:
     return min(d for d, error in errors.items() if error <= (1 + AUTO_SLACK) * min(errors.values()))
 
 
-def _check_sizes(what: str, rows: int, columns: int, subvector: int, dimension: int, codes: int) -> None:
-    if found := _size_faults(rows, columns, subvector, dimension, codes):
-        raise InputError(problems(what, found))
-
-
-def _size_faults(rows: int, columns: int, subvector: int, dimension: int, codes: int) -> list[str]:
-    if subvector < 1 or columns % subvector:
-        return [f"subvector divides the {columns} columns; got {subvector}"]
-    found = []
-    if not 1 <= dimension <= subvector:
-        found.append(f"dimension is in 1 … {subvector}; got {dimension}")
-    if not 1 <= codes <= rows * columns // subvector:
-        found.append(f"codes is in 1 … {rows * columns // subvector}, the number of subvectors; got {codes}")
-    return found
-
-
 CLAIM_MAPS = ("mix", "up", "down", "head")
 CLAIM_STEPS = 150
 CLAIM_SUBVECTOR, CLAIM_DIMENSION, CLAIM_CODES = 16, 8, 64
@@ -552,8 +380,7 @@ def _run_claim() -> Verdict:
     def coded(model: ByteModel, dimension: int, codes: int | None) -> dict[str, LR2VQLinear]:
         sizes: dict[str, Any] = {"subvector": CLAIM_SUBVECTOR, "codes": codes, "dimension": dimension}
         return {
-            name: LR2VQLinear.from_linear(get_module(model, name), diagonal=moments[name].diagonal, **sizes)
-            for name in CLAIM_MAPS
+            name: vector_coded(get_module(model, name), diagonal=moments[name].diagonal, **sizes) for name in CLAIM_MAPS
         }
 
     figures: dict[str, float] = {}
@@ -583,7 +410,7 @@ METHOD = TrainingMethod(
         year=2022,
         link="https://arxiv.org/abs/2211.11397",
     ),
-    entry=LR2VQLinear,
+    entry=quantise_vectors,
     claim=Claim(
         statement="With subvectors of 16 weights and 64 codes, codes of 8 dimensions after low-rank training end at a "
         "lower held-out loss than plain codes of 16 after as many steps.",

@@ -57,8 +57,8 @@ from eckart.arch import find_sites, get_module, site_module
 from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
 from eckart.evidence.network import CONTEXT
+from eckart.linalg.hashed import check_seed, gaussians, permutation, random_bits
 from eckart.records import Claim, Paper, Verdict
-from eckart.training.hashed import check_seed, gaussians, permutation, random_bits
 from eckart.training.method import TrainingMethod
 from eckart.training.trial import ByteModel, held_out_loss, train, untrained
 

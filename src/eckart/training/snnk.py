@@ -49,7 +49,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -58,134 +57,70 @@ from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
 from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
 from eckart.evidence.network import CONTEXT, WIDTH, forward
+from eckart.layers import SNNKLinear
+from eckart.layers.random_features import Kind
+from eckart.linalg.hashed import gaussians
 from eckart.records import Claim, Paper, Verdict
-from eckart.training.hashed import check_seed, gaussians
 from eckart.training.method import TrainingMethod
 
-Kind = Literal["exp", "relu", "gelu"]
 CHUNK = 4096
 """Inputs whose features are held at once, float64."""
 RIDGE = 1e-3
 
 
-class SNNKLinear(nn.Module):
-    """y = Θ Ψ(x) + c for x (…, in): ``readout`` Θ (out, features) and ``bias`` are trained, Ψ is drawn from ``seed``.
+def raw_estimate(layer: nn.Linear, *, features: int, scale: float = 1.0, seed: int = 0) -> SNNKLinear:
+    """The raw random estimate of exp(W x + b), unbiased over seeds and useless for large ‖w‖ or ‖x‖; see above.
 
-    ``scale`` is a, the factor on the inputs. State dicts, deepcopy and ``.to`` work as for any module; loading one
-    takes over its seed and scale. Eckart's checkpoint loader does not know the layer. The forward pass draws nothing
-    and touches no random generator. Raises InputError for sizes below 1 and unknown kinds.
+    For other functions take :func:`bundle`.
     """
-
-    seed: Tensor
-    scale: Tensor
-    projection: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        features: int,
-        *,
-        kind: Kind = "exp",
-        scale: float = 1.0,
-        seed: int = 0,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_seed(seed, "SNNKLinear")
-        _check(in_features, out_features, features, kind, scale)
-        self.in_features, self.out_features, self.features = in_features, out_features, features
-        self.kind: Kind = kind
-        self.readout = nn.Parameter(torch.zeros(out_features, features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("seed", torch.tensor(seed))
-        self.register_buffer("scale", self.readout.new_tensor(scale))
-        empty = self.readout.new_empty(0)
-        self.register_buffer("projection", empty, persistent=False)
-        self._draw()
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(self.lift(x), self.readout, self.bias)
-
-    def lift(self, x: Tensor) -> Tensor:
-        """Ψ(x), (…, features)."""
-        scale = self.scale.to(x)
-        z = linear(x, self.projection.to(x)) * scale
-        if self.kind == "exp":
-            lifted = torch.exp(z - (scale * x).square().sum(-1, keepdim=True) / 2)
-        else:
-            lifted = z.relu() if self.kind == "relu" else gelu(z)
-        return lifted / math.sqrt(self.features)
-
-    @classmethod
-    def from_linear(cls, layer: nn.Linear, *, features: int, scale: float = 1.0, seed: int = 0) -> Self:
-        """The raw random estimate of exp(W x + b), unbiased over seeds and useless for large ‖w‖ or ‖x‖; see above.
-
-        For other functions take :func:`bundle`.
-        """
-        weight = layer.weight.detach().double().cpu()
-        new = cls(
-            layer.in_features,
-            layer.out_features,
-            features,
-            scale=scale,
-            seed=seed,
-            bias=False,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
-        )
-        u = weight / scale
-        exponent = u @ gaussians(seed, (features, layer.in_features)).T - u.square().sum(1, keepdim=True) / 2
-        if layer.bias is not None:
-            exponent += layer.bias.detach().double().cpu()[:, None]
-        with torch.no_grad():
-            new.readout.copy_(exponent.exp() / math.sqrt(features))
-        return new
-
-    @torch.no_grad()
-    def fit(self, inputs: Tensor, outputs: Tensor, *, ridge: float = RIDGE) -> float:
-        """Sets Θ and the bias to the ridge solution for ``inputs`` (n, in) and ``outputs`` (n, out).
-
-        ``ridge`` is λ as a share of the mean of diag(Ψ Ψᵀ), ≥ 0. Returns the relative squared error on them.
-        Raises InputError for other shapes, NotFiniteError for NaN or Inf, also in the features.
-        """
-        _check_pairs(inputs, outputs, self.in_features, self.out_features, ridge)
-        n, m = inputs.shape[0], self.features
-        gram = torch.zeros(m + self.out_features, m + self.out_features, dtype=torch.float64)
-        total = gram.new_zeros(m + self.out_features)
-        for x, y in zip(torch.split(inputs, CHUNK), torch.split(outputs, CHUNK), strict=True):
-            rows = torch.cat([self.lift(x.double()).cpu(), y.double().cpu()], dim=1)
-            gram += rows.T @ rows
-            total += rows.sum(0)
-        if not torch.isfinite(gram).all():
-            raise NotFiniteError("SNNK: NaN or Inf in the features or the outputs; take a smaller scale.")
-        if self.bias is not None:
-            gram -= total.outer(total) / n
-        features, cross, energy = gram[:m, :m], gram[:m, m:], gram[m:, m:]
-        damped = features + ridge * features.diagonal().mean() * torch.eye(m, dtype=torch.float64)
-        # Not solve: fewer inputs than features, or an input that never varies, make a singular matrix at λ = 0.
-        theta = torch.linalg.lstsq(damped, cross, driver="gelsd").solution
-        self.readout.copy_(theta.T)
-        if self.bias is not None:
-            self.bias.copy_((total[m:] - theta.T @ total[:m]) / n)
-        missed = energy.trace() - 2 * (theta * cross).sum() + (theta * (features @ theta)).sum()
-        return float(missed / energy.trace()) if energy.trace() else 0.0
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, features={self.features}, "
-            f"kind={self.kind!r}, bias={self.bias is not None}"
-        )
-
-    def _draw(self) -> None:
-        self.projection = gaussians(int(self.seed), (self.features, self.in_features)).to(self.readout)
+    weight = layer.weight.detach().double().cpu()
+    new = SNNKLinear(
+        layer.in_features,
+        layer.out_features,
+        features,
+        scale=scale,
+        seed=seed,
+        bias=False,
+        device=layer.weight.device,
+        dtype=layer.weight.dtype,
+    )
+    u = weight / scale
+    exponent = u @ gaussians(seed, (features, layer.in_features)).T - u.square().sum(1, keepdim=True) / 2
+    if layer.bias is not None:
+        exponent += layer.bias.detach().double().cpu()[:, None]
+    with torch.no_grad():
+        new.readout.copy_(exponent.exp() / math.sqrt(features))
+    return new
 
 
-def _after_load(layer: SNNKLinear, _: object) -> None:
-    layer._draw()
+@torch.no_grad()
+def fit_features(layer: SNNKLinear, inputs: Tensor, outputs: Tensor, *, ridge: float = RIDGE) -> float:
+    """Sets Θ and the bias to the ridge solution for ``inputs`` (n, in) and ``outputs`` (n, out).
+
+    ``ridge`` is λ as a share of the mean of diag(Ψ Ψᵀ), ≥ 0. Returns the relative squared error on them.
+    Raises InputError for other shapes, NotFiniteError for NaN or Inf, also in the features.
+    """
+    _check_pairs(inputs, outputs, layer.in_features, layer.out_features, ridge)
+    n, m = inputs.shape[0], layer.features
+    gram = torch.zeros(m + layer.out_features, m + layer.out_features, dtype=torch.float64)
+    total = gram.new_zeros(m + layer.out_features)
+    for x, y in zip(torch.split(inputs, CHUNK), torch.split(outputs, CHUNK), strict=True):
+        rows = torch.cat([layer.lift(x.double()).cpu(), y.double().cpu()], dim=1)
+        gram += rows.T @ rows
+        total += rows.sum(0)
+    if not torch.isfinite(gram).all():
+        raise NotFiniteError("SNNK: NaN or Inf in the features or the outputs; take a smaller scale.")
+    if layer.bias is not None:
+        gram -= total.outer(total) / n
+    features, cross, energy = gram[:m, :m], gram[:m, m:], gram[m:, m:]
+    damped = features + ridge * features.diagonal().mean() * torch.eye(m, dtype=torch.float64)
+    # Not solve: fewer inputs than features, or an input that never varies, make a singular matrix at λ = 0.
+    theta = torch.linalg.lstsq(damped, cross, driver="gelsd").solution
+    layer.readout.copy_(theta.T)
+    if layer.bias is not None:
+        layer.bias.copy_((total[m:] - theta.T @ total[:m]) / n)
+    missed = energy.trace() - 2 * (theta * cross).sum() + (theta * (features @ theta)).sum()
+    return float(missed / energy.trace()) if energy.trace() else 0.0
 
 
 @torch.no_grad()
@@ -203,7 +138,8 @@ def bundle(
 
     ``inputs`` (…, in) are what the block reads on calibration data; leading dimensions are flattened after the call.
     Several times more inputs than ``features`` are wanted. ``scale`` defaults to 1 / the root mean square of ‖x‖.
-    The layer has the inputs' dtype and device. To end a block in one layer give the whole block; a residual
+    The layer has the inputs' dtype and device. Given the block
+    itself, an nn.Module, it can be saved in its place. To end a block in one layer give the whole block; a residual
     connection around it stays outside.
     """
     outputs = network(inputs)
@@ -218,25 +154,12 @@ def bundle(
         kind=kind,
         scale=scale,
         seed=seed,
+        replaces=network.state_dict() if isinstance(network, nn.Module) else (),
         device=inputs.device,
         dtype=inputs.dtype,
     )
-    layer.fit(rows, outputs.flatten(0, -2), ridge=ridge)
+    fit_features(layer, rows, outputs.flatten(0, -2), ridge=ridge)
     return layer
-
-
-def _check(in_features: int, out_features: int, features: int, kind: str, scale: float) -> None:
-    found = [
-        f"{name} is at least 1; got {value}"
-        for name, value in (("in_features", in_features), ("out_features", out_features), ("features", features))
-        if value < 1
-    ]
-    if kind not in get_args(Kind):
-        found.append(f"kind is one of {', '.join(get_args(Kind))}; got {kind!r}")
-    if not 0 < scale < math.inf:
-        found.append(f"scale is a positive number; got {scale!r}")
-    if found:
-        raise InputError(problems("SNNKLinear", found))
 
 
 def _check_pairs(inputs: Tensor, outputs: Tensor, in_features: int, out_features: int, ridge: float) -> None:
@@ -307,7 +230,7 @@ METHOD = TrainingMethod(
         year=2024,
         link="https://arxiv.org/abs/2310.13225",
     ),
-    entry=SNNKLinear,
+    entry=bundle,
     claim=Claim(
         statement="The MLP bundled into 96 random features in closed form, an eighth of its numbers, raises the "
         "held-out loss less than the raw random estimate and than the best affine map of the same size.",

@@ -90,9 +90,10 @@ def calibrate_sites(
     gradients: Gradients = "full",
     probes: int | None = None,
     seed: int = 0,
+    fisher: bool = True,
     progress: Progress = silent,
 ) -> Moments:
-    """:func:`calibrate` for sites that are known already."""
+    """:func:`calibrate` for sites that are known already; the sums of the Fisher information can be left out."""
     if gradients not in ("full", "scale", "none"):
         raise InputError(f"gradients is 'full', 'scale' or 'none'; got {gradients!r}.")
     if probes is not None and (probes < 1 or gradients == "none"):
@@ -122,6 +123,7 @@ def calibrate_sites(
         seed=seed,
         share=share,
         fingerprint=fingerprint(loaded.model),
+        fisher=fisher,
         progress=progress,
         meta={"model": loaded.name, **known},
     )

@@ -17,10 +17,11 @@ from eckart.apply.decide import check_allocation, check_budget, decide
 from eckart.apply.queue import Queue
 from eckart.apply.refit import check_blend, refit
 from eckart.arch import check_finite, find_sites, fingerprint
-from eckart.compression import options_for
+from eckart.compression import METHODS, CompressMethod, Need, options_for
 from eckart.errors import InputError
 from eckart.hf.distance import distance_from_now
 from eckart.hf.models import LoadedModel
+from eckart.modules import MODULES, ModuleMethod
 from eckart.moments import Moments
 from eckart.moments.distributed import join
 from eckart.planning import Allocation, Plan
@@ -31,6 +32,8 @@ from eckart.verbs.plan import DEFAULT_METHOD, FORMS, any_method, as_moments, bit
 
 PROBE_SAMPLES = {"embedding": 32, "causal-lm": 16, "masked-lm": 16, "logits": 16}
 """Rows of the calibration data that every probe runs on."""
+PROBE_ROWS = 4
+"""At a time: their logits stay in the cache, and sentences of like length need little padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +89,7 @@ def compress(
     samples: int | None = None,
     length: int | None = None,
     batch_size: int = 16,
-    gradients: Gradients = "full",
+    gradients: Gradients | None = None,
     probes: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
@@ -107,6 +110,7 @@ def compress(
     MLPs and attentions. ``bits`` (8, 4, 2) lets numbers be stored in so many bits; by default a budget in bytes
     chooses among 8, 4 and as they are, other budgets leave them as they are. ``probe_rounds`` (default 1 with data
     and a global budget, else 0) measure on some of the data what was predicted and correct the plan.
+    ``gradients`` of the calibration are by default what the method (or the plan's methods) needs: ``full`` or ``none``.
 
     ``refit_blend`` (β in [0, 0.25]; default: no refit) fits the last factor of every compressed map again, block by
     block, on ``data`` as the compressed model sees them (:mod:`eckart.apply.refit`). It needs the dense original
@@ -170,6 +174,7 @@ def compress(
         )
     check_finite(loaded.model, sites)
     if data is not None:
+        needs = _needs([chosen.name] if given is None else [step.method for step in given.steps])
         known = calibrate_sites(
             loaded,
             sites,
@@ -179,9 +184,10 @@ def compress(
             samples=samples,
             length=length,
             batch_size=batch_size,
-            gradients=gradients,
+            gradients=gradients or ("full" if needs & {"gradient", "gradient_scale", "fisher"} else "none"),
             probes=probes,
             seed=seed,
+            fisher="fisher" in needs,
             progress=progress,
         )
     crew = None
@@ -202,7 +208,7 @@ def compress(
     if given is None and wanted is not None:
         distance = None
         if rounds and data is not None:
-            distance = _distance(loaded, data, part, field, length, batch_size, seed)
+            distance = _distance(loaded, data, part, field, length, seed)
         decision = decide(
             loaded.model,
             sites,
@@ -260,13 +266,18 @@ def compress(
     )
 
 
+def _needs(names: Sequence[str]) -> frozenset[Need]:
+    """The moments that some methods use; a name that a plan has wrong is found later, with all else that is."""
+    known: Mapping[str, CompressMethod | ModuleMethod] = {**METHODS, **MODULES}
+    return frozenset().union(*(known[name].needs for name in names if name in known))
+
+
 def _distance(
     loaded: LoadedModel,
     data: DataLike,
     part: str,
     field: str | None,
     length: int | None,
-    batch_size: int,
     seed: int,
 ) -> Callable[[], float]:
     """The measure of the probes, on a few rows of the calibration data."""
@@ -277,7 +288,7 @@ def _distance(
         field=field,
         samples=PROBE_SAMPLES[loaded.task],
         length=length,
-        batch_size=batch_size,
+        batch_size=PROBE_ROWS,
         seed=seed,
     )
     return distance_from_now(loaded, batches[: PROBE_SAMPLES[loaded.task]], seed=seed)

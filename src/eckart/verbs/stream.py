@@ -16,28 +16,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from eckart.apply.decide import rest_of
 from eckart.apply.prepare import misfits
 from eckart.arch import check_finite, find_sites, fingerprint
 from eckart.checkpoint import check_output, claim_output, recover
 from eckart.checkpoint.atomic import disk_full, put_in_place, set_aside, work_folder
-from eckart.compression import CompressMethod, get_method, options_for
+from eckart.compression import CompressMethod, options_for
 from eckart.errors import EckartWarning, FileError, InputError, problems
-from eckart.hf.mapped import copy_companions, factored_like, parse_size
+from eckart.hf.mapped import copy_companions, factored_like, parse_size, sources
 from eckart.hf.models import load_model
 from eckart.hf.sentence import copy_sentence_files
 from eckart.hf.tasks import loss_for
 from eckart.layers import describe
+from eckart.modules import ModuleMethod, UnitFacts
 from eckart.moments import Batch
 from eckart.moments.tokens import BatchTokens
 from eckart.planning import Allocation, Plan
-from eckart.records import Budget, FormKind, Outcome, Progress, Site, silent
-from eckart.streaming import FORMS, Measure, Route, Wanted, foreseen_bytes, open_journal, scratch_bytes, stream
+from eckart.records import Budget, FormKind, Outcome, Progress, Site, Unit, silent
+from eckart.streaming import (
+    FORMS,
+    Measure,
+    Route,
+    Wanted,
+    equal_widths,
+    foreseen_bytes,
+    open_journal,
+    scratch_bytes,
+    stream,
+)
+from eckart.streaming.plan import Chosen
 from eckart.verbs.calibrate import DEFAULT_PROBES, Gradients
 from eckart.verbs.models import DataLike, as_batches
 from eckart.verbs.papers import write_papers
-from eckart.verbs.plan import DEFAULT_METHOD, budget_from
+from eckart.verbs.plan import DEFAULT_METHOD, any_method, bits_from, budget_from
 
 BEGUN, SWAPPED = "begun", "swapped"
 """Units without files: what the first process knew, and that the result may lie in its place already."""
@@ -71,6 +84,7 @@ def compress_stream(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     forms: Sequence[FormKind] = FORMS,
+    bits: Sequence[int] | None = None,
     rank_multiple: int = 1,
     min_rank: int = 1,
     part: str = "calibration",
@@ -96,35 +110,50 @@ def compress_stream(
     result is bitwise the same however often the work was interrupted, given the same versions and machine; a run
     that is taken up again uses the number of threads that it began with. ``output`` appears whole at the end.
 
-    Differs from ``eckart.compress`` in: only maps inside of the blocks, dense, lowrank or pivoted; no probes; the
-    errors that the report predicts are those of the factors before they are rounded to the weights' dtype;
-    ``gradients`` None collects what the method needs and no more; files carry no time.
+    ``bits`` (8, 4, 2) lets numbers be stored in so many bits, as in ``compress``: by default a budget in bytes under
+    one global allocation chooses among 8, 4 and as they are. A method of narrower modules (``modules``, ``modegpt``)
+    gives the MLPs of all blocks one width, so the result is a plain checkpoint with a smaller config. Of a mixture of
+    experts, fused or one by one in the files, the moments of a few experts are collected at a time; the report says
+    which experts no token reached.
+
+    Differs from ``eckart.compress`` in: only maps inside of the blocks; dense, lowrank or pivoted, with few bits or
+    without, or (with such a method) narrow at one width; no probes; the errors that the report predicts are those of
+    the factors before they are rounded to the weights' dtype, and what few bits add to them is what the plan expected
+    (between the ranks at which it was computed, interpolated); ``gradients`` None collects what the method needs and no
+    more; files carry no time.
 
     Memory beside Python and torch: the moments of some maps of one block (16 (in² + out²) bytes each, as many as fit
-    into twice the block's weights and 64 MB, at least one), the work space of one decomposition, the activations of
-    one batch in one block, and once the logits of one batch. Take a smaller ``batch_size`` where that is too much.
-    Disk beside the result: hidden states (tokens × width, twice per block) and factors (1.5 to 4 times the blocks).
+    into twice the block's weights and 64 MB, at least one; of a mixture those of one expert and of all others
+    together), the work space of one decomposition, the activations of one batch in one block, once the logits of one
+    batch, and the experts of one block where they lie in the files one by one. Take a smaller ``batch_size`` where that
+    is too much.
+    Disk beside the result: hidden states (tokens × width, twice per block) and factors (1.5 to 4 times the blocks; with
+    bits also half a moment per input, 4 in² bytes).
     Cost: that of ``compress``, and one more forward pass per block and group of maps.
 
-    It does not help where the model fits into memory: ``compress`` is quicker then and takes every architecture. A
-    chain of blocks in one list is needed, so encoder-decoders and models with links between blocks are
-    refused; so are mixtures of experts, whose moments alone exceed the bound.
+    It does not help where the model fits into memory: ``compress`` is quicker then, takes every architecture, and
+    corrects its plan by probes. A chain of blocks in one list is needed, so encoder-decoders and models with links
+    between blocks are refused.
 
     Raises InputError, FileError, BudgetError, NotFiniteError before long work where that is possible, MismatchError
     where the hidden folder belongs to another command, model or data.
     """
     start = time.perf_counter()
-    chosen = get_method(method or DEFAULT_METHOD)
+    chosen = any_method(method or DEFAULT_METHOD)
     chosen_options = options_for(chosen, options or {})
     kind = _gradients_for(chosen, gradients, probes)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("streaming is the work of one process; start it without torchrun.")
     if data is None and chosen.needs:
         raise InputError(f"method {chosen.name!r} needs calibration data ({', '.join(sorted(chosen.needs))}).")
+    asked = budget_from(keep, budget)
+    modules = isinstance(chosen, ModuleMethod)
+    usual: Allocation = "global" if chosen.loss_units and not modules else "uniform"
     wanted = Wanted(
-        budget=budget_from(keep, budget),
-        allocation=allocation or ("global" if chosen.loss_units else "uniform"),
+        budget=asked,
+        allocation=allocation or usual,
         forms=forms,
+        bits=bits_from(bits, asked, chosen, allocation or usual),
         rank_multiple=rank_multiple,
         min_rank=min_rank,
         base=str(model),
@@ -140,7 +169,12 @@ def compress_stream(
     sites = find_sites(loaded.model, include=include, exclude=exclude)
     route = Route(loaded.model)
     _refuse(sites, route, chosen)
-    foreseen = foreseen_bytes(loaded.model, sites, wanted)
+    units, widths, foreseen = _foreseen(loaded.model, sites, wanted, chosen, chosen_options)
+    known_sources = sources(loaded.model)
+    dtype = next(loaded.model.parameters()).dtype
+    identity_print = fingerprint(
+        loaded.model, at_steps=None if known_sources is None else known_sources.at_steps(dtype)
+    )
     batches: Sequence[Batch] = ()
     known: dict[str, Any] = {}
     if data is not None:
@@ -163,12 +197,15 @@ def compress_stream(
         batches=batches if chosen.needs else (),
         method=chosen,
         options=chosen_options,
+        wanted=wanted,
         loss=None if kind == "none" else loss_for(loaded),
         gradients=kind,
         probes=probes or DEFAULT_PROBES[loaded.task],
         seed=seed,
         certify=certify,
-        fingerprint=fingerprint(loaded.model),
+        fingerprint=identity_print,
+        narrow=tuple(units),
+        widths={c.site.name: one.rank for c, one in widths if isinstance(c.site, Unit) and one.form == "narrow"},
     )
     identity = {
         "model": measure.fingerprint,
@@ -181,6 +218,7 @@ def compress_stream(
         "include": list(include),
         "exclude": list(exclude),
         "forms": list(forms),
+        "bits": list(wanted.bits),
         "rank_multiple": rank_multiple,
         "min_rank": min_rank,
         "gradients": kind,
@@ -196,7 +234,7 @@ def compress_stream(
         fresh = not work_folder(target).exists()
         if fresh:
             _check_disk(target, measure, foreseen)
-            check_finite(loaded.model, sites)
+            _check_finite(loaded.model, sites, route)
         journal = open_journal(target, identity)
         if not journal.has(BEGUN):
             journal.done(BEGUN, {}, threads=torch.get_num_threads(), command=command)
@@ -205,9 +243,9 @@ def compress_stream(
         with _threads(int(journal.facts(BEGUN)["threads"])):
             result = stream(
                 measure,
-                wanted,
                 journal,
                 lambda entries: factored_like(loaded.model, source, entries),
+                widths=widths,
                 progress=progress,
             )
         copy_companions(result.model, loaded.tokenizer, source, result.folder)
@@ -226,6 +264,8 @@ def compress_stream(
         journal.done(SWAPPED, {})
         put_in_place(result.folder, target)
         shutil.rmtree(set_aside(journal.folder, target))
+    for note in result.outcome.notes:
+        warnings.warn(note, EckartWarning, stacklevel=2)
     return CompressedStream(
         folder=target,
         plan=result.plan,
@@ -235,7 +275,30 @@ def compress_stream(
     )
 
 
-def _gradients_for(method: CompressMethod, gradients: Gradients | None, probes: int | None) -> Gradients:
+def _foreseen(
+    model: nn.Module, sites: Sequence[Site], wanted: Wanted, method: CompressMethod | ModuleMethod, options: Any
+) -> tuple[list[UnitFacts], Chosen, int]:
+    """The units that become narrower, what becomes of every unit and site, and about how many bytes that has.
+
+    Raises InputError and BudgetError for what no calibration could help.
+    """
+    if not isinstance(method, ModuleMethod):
+        return [], [], foreseen_bytes(model, sites, wanted)
+    units, widths = equal_widths(model, sites, wanted, method, options)
+    return units, widths, rest_of(model, sites).bytes + sum(choice.size.bytes for _, choice in widths)
+
+
+def _check_finite(model: nn.Module, sites: Sequence[Site], route: Route) -> None:
+    """``check_finite``, with the experts of one block in memory at a time."""
+    check_finite(model, [site for site in sites if site.kind != "experts"])
+    for index, block in enumerate(route.blocks):
+        inside = [site for site in sites if site.kind == "experts" and site.name.startswith(f"{block.name}.")]
+        if inside:
+            with route.holding(index):
+                check_finite(model, inside)
+
+
+def _gradients_for(method: CompressMethod | ModuleMethod, gradients: Gradients | None, probes: int | None) -> Gradients:
     """What is collected: what the method needs, unless something else is asked for."""
     needed = bool(method.needs & {"gradient", "gradient_scale", "fisher"})
     if gradients not in (None, "full", "scale", "none"):
@@ -251,12 +314,12 @@ def _gradients_for(method: CompressMethod, gradients: Gradients | None, probes: 
     return kind
 
 
-def _refuse(sites: Sequence[Site], route: Route, method: CompressMethod) -> None:
+def _refuse(sites: Sequence[Site], route: Route, method: CompressMethod | ModuleMethod) -> None:
     """Raises InputError with every site that cannot be streamed."""
     blocks = tuple(f"{block.name}." for block in route.blocks)
-    wrong = misfits(sites, method)
+    wrong = [] if isinstance(method, ModuleMethod) else misfits(sites, method)
     for site in sites:
-        if site.kind not in ("linear", "conv1d"):
+        if site.kind not in ("linear", "conv1d", "experts"):
             wrong.append(f"{site.name}: maps of kind {site.kind} are not streamed")
         elif site.tied:
             wrong.append(f"{site.name} shares its weight with {', '.join(site.tied)}")
@@ -268,7 +331,7 @@ def _refuse(sites: Sequence[Site], route: Route, method: CompressMethod) -> None
 
 def _warn_scarce(batches: Sequence[Batch], sites: Sequence[Site]) -> None:
     tokens = sum(BatchTokens.of(batch, 0).tokens for batch in batches)
-    few = [site for site in sites if site.in_features > tokens]
+    few = [site for site in sites if site.kind != "experts" and site.in_features > tokens]
     if few:
         widest = max(few, key=lambda site: site.in_features)
         warnings.warn(

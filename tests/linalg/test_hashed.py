@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eckart.errors import InputError
-from eckart.training.hashed import LARGEST_SEED, check_seed, gaussians, permutation, random_bits
+from eckart.linalg.hashed import LARGEST_SEED, check_seed, gaussians, permutation, random_bits
 
 MASK = 2**64 - 1
 

@@ -1,0 +1,278 @@
+"""PEFT's side of the adapters: the tuner, its registration, what it saves and what it checks when it loads.
+
+Note [A tuner from outside]. PEFT knows tuners by an enum without further members, and refuses to register a name that is
+not among them. So the member ECKART is added to the enum in place, as the class itself would make it. It happens as
+soon as both PEFT and Eckart have been imported, in either order (:mod:`eckart.hooks`). A process without Eckart fails on
+such an adapter with ``KeyError: 'ECKART'``; it loads the plain-LoRA copy beside it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import PeftType, get_quantization_kwargs, register_peft_method, resolve_quantization_backend
+from torch import Tensor, nn
+
+from eckart.adaptation import CAP, Layout, Source, adapt_options, gains, get_adaptation, limit, spread_ranks
+from eckart.errors import EckartError, EckartWarning, InputError, NotFiniteError, problems
+from eckart.hf.adapters.check import CHECK, compare
+from eckart.hf.adapters.config import PEFT_TYPE, AdapterConfig
+from eckart.hf.adapters.export import FOLDER, other_tensors, write_lora_copy
+from eckart.hf.adapters.layers import LAYERS, AdapterLayer, dense_weight, kind_of, layout_of, refused
+from eckart.hf.lora import WEIGHTS
+from eckart.linalg import leading_svd
+from eckart.moments import SiteMoments
+from eckart.records import Budget
+
+
+class AdapterTuner(BaseTuner):  # type: ignore[misc]
+    """Puts the deltas of a method of :mod:`eckart.adaptation` beside the layers of a model."""
+
+    prefix = "eckart_"
+    tuner_layer_cls = AdapterLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        """Check every target and settle every rank before anything is changed."""
+        _maybe_include_all_linear_layers(peft_config, model)
+        self._quantization = get_quantization_kwargs(model)
+        targets = dict(self._targets(peft_config, model))
+        faults = [f"{name}: {why}" for name, base in targets.items() if (why := refused(base, self._quantised(base)))]
+        if faults:
+            raise InputError(problems("these layers cannot be adapted", faults))
+        if not peft_config.saved:
+            peft_config.ranks = self._ranks(peft_config, model, targets)
+
+    def _targets(self, config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Names and base layers that the config asks for; nothing inside of adapters that are there."""
+        inside: list[str] = []
+        for name, module in model.named_modules():
+            if not name or any(name.startswith(prefix) for prefix in inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside.append(f"{name}.")
+            if self._check_target_module_exists(config, name):
+                yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+    def _quantised(self, base: nn.Module) -> bool:
+        return resolve_quantization_backend(base, **self._quantization) is not None
+
+    def _source(self, config: AdapterConfig, layout: Layout, base: nn.Module) -> Source:
+        method = get_adaptation(config.method)
+        weight = dense_weight(base, resolve_quantization_backend(base, **self._quantization))
+        moments: tuple[SiteMoments, ...] = ()
+        if config._moments is not None and (method.needs or config.budget is not None):
+            moments = tuple(config._moments.site(layout.name, slice=i) for i in range(layout.slices))
+        decompose = leading_svd if config._cache is None else config._cache
+        return Source(layout=layout, weight=weight, seed=config.seed, moments=moments, decompose=decompose)
+
+    def _ranks(self, config: AdapterConfig, model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, int]:
+        """The rank of every target. Raises InputError and NotFiniteError with everything that is wrong."""
+        method, options = get_adaptation(config.method), adapt_options(get_adaptation(config.method), config.options)
+        if method.needs and config._moments is None:
+            raise InputError(
+                f"method {method.name!r} starts from the moments of the inputs ({', '.join(sorted(method.needs))}); "
+                "collect them with eckart.calibrate and give AdapterConfig(moments=…)."
+            )
+        layouts = {name: layout_of(name, base) for name, base in targets.items()}
+        faults, broken, ranks = [], [], {}
+        for name, layout in layouts.items():
+            if why := method.delta.fits(layout, options):
+                faults.append(f"{name}: method {method.name!r} cannot serve it: {why}")
+                continue
+            weight = getattr(targets[name], "weight", None)
+            if isinstance(weight, Tensor) and weight.is_meta:
+                ranks[name] = min(config.r or CAP, method.delta.most(layout, options))
+                continue
+            try:
+                source = self._source(config, layout, targets[name])
+            except InputError as error:
+                faults.append(f"{name}: {error}")
+                continue
+            if not source.weight.isfinite().all():
+                broken.append(f"{name}: NaN or Inf in its weight")
+                continue
+            asked, most = _asked(config, name), method.delta.most(layout, options)
+            if asked is None and config.budget is None:
+                asked = method.delta.default_rank(source, options)
+            if asked is not None and asked > most and config.budget is None:
+                faults.append(f"{name}: rank {asked} is above the {most} that this layer has")
+            ranks[name] = min(most, CAP if asked is None else asked)
+        if broken:
+            raise NotFiniteError(problems("the base model is broken", broken))
+        if faults:
+            raise InputError(problems("these layers cannot be adapted", faults))
+        if config.budget is None:
+            return ranks
+        spread = config.spread or ("activation" if "second" in method.needs else "weight")
+        worth = [gains(self._source(config, layouts[n], targets[n]), spread, most) for n, most in ranks.items()]
+        allowed = limit(Budget(**config.budget), list(layouts.values()), sum(p.numel() for p in model.parameters()))
+        costs = [lambda rank, at=layouts[n]: method.delta.cost(at, rank, options) for n in ranks]
+        return dict(zip(ranks, spread_ranks(worth, costs, allowed), strict=True))
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if current_key not in peft_config.ranks:
+            raise InputError(
+                f"{current_key} is not among the layers that this adapter was made for: {len(peft_config.ranks)}, as "
+                f"{next(iter(peft_config.ranks), 'none')}. The base is another model."
+            )
+        rank = peft_config.ranks[current_key]
+        if rank == 0:
+            return
+        method = get_adaptation(peft_config.method)
+        options = adapt_options(method, peft_config.options)
+        layout = layout_of(current_key, base)
+        delta = method.delta(layout, rank, options)
+        done = sum(1 for name in peft_config.ranks if name < current_key)
+        peft_config._progress("start adapters", done, len(peft_config.ranks))
+        meta = any(p.is_meta for p in delta.parameters()) or getattr(base, "weight", torch.empty(0)).is_meta
+        if not peft_config.saved and not meta:
+            delta.start(self._source(peft_config, layout, base))
+            delta.started = True
+        if not isinstance(target, AdapterLayer):
+            layer = LAYERS[kind_of(base)](target, **self._quantization)
+            layer._active_adapter = adapter_name
+            self._replace_module(parent, target_name, layer, target)
+        else:
+            layer = target
+        layer.update_layer(adapter_name, delta, peft_config.dropout, peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            delta.requires_grad_(False)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _tie(model, adapter_name, self.peft_config[adapter_name])
+        self.peft_config[adapter_name].watch(model, _after_saving)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: AdapterConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in adapter_layers(model, adapter_name):
+            key = f"{name}.eckart_delta.{adapter_name}.{CHECK}"
+            if key in found and (value := layer.record(adapter_name)) is not None:
+                found[key] = value
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: AdapterConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        def after(loaded: nn.Module, _: Any) -> None:
+            handle.remove()
+            _tie(loaded, adapter_name, config)
+            kept, now = {}, {}
+            for _name, layer in adapter_layers(loaded, adapter_name):
+                delta: Any = layer.eckart_delta[adapter_name]
+                if (found := layer.record(adapter_name)) is not None:
+                    kept[delta.layout.name], now[delta.layout.name] = getattr(delta, CHECK), found
+            compare(kept, now)
+
+        handle = model.register_load_state_dict_post_hook(after)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
+
+
+def _asked(config: AdapterConfig, name: str) -> int | None:
+    for pattern, rank in config.rank_pattern.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return config.r
+
+
+def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
+    """Names and layers of a model that hold an adapter (of that name)."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer) and (adapter is None or adapter in module.eckart_delta):
+            yield name, module
+
+
+def _tie(model: nn.Module, adapter: str, config: AdapterConfig) -> None:
+    method = get_adaptation(config.method)
+    if method.tie is not None:
+        method.tie([layer.eckart_delta[adapter] for _, layer in adapter_layers(model, adapter)])  # type: ignore[misc]
+
+
+def _after_saving(config: AdapterConfig, model: nn.Module, directory: str) -> None:
+    """The plain-LoRA copy beside a saved adapter, or a warning that says why there is none."""
+    names = [name for name, own in getattr(model, "peft_config", {}).items() if own is config]
+    folder = Path(directory) / FOLDER
+    if not names:
+        return
+    try:
+        write_lora_copy(model, names[0], folder, config, other_tensors(Path(directory) / WEIGHTS))
+    except EckartError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        warnings.warn(
+            f"{directory} has no plain-LoRA copy, so it needs Eckart to be loaded. {error} "
+            "eckart convert makes one with a measured error.",
+            EckartWarning,
+            stacklevel=2,
+        )
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """Sum of what the methods of the active adapters add to the loss, a scalar; 0 where they add nothing."""
+    found = []
+    for _, layer in adapter_layers(model):
+        if not layer.disable_adapters:
+            found += [p for _, delta in layer.active_deltas() if (p := delta.penalty()) is not None]
+    return torch.stack(found).sum() if found else torch.zeros(())
+
+
+def after_step(model: nn.Module, step: int) -> None:
+    """Call after every step of the optimiser, counted from 1, for methods that act then (retractions, new masks)."""
+    for _, layer in adapter_layers(model):
+        if not layer.disable_adapters:
+            for _, delta in layer.active_deltas():
+                delta.after_step(step)
+
+
+def register() -> None:
+    """See Note [A tuner from outside]. Once is enough.
+
+    Raises EckartError where another package took the name.
+    """
+    if PEFT_TYPE not in PeftType.__members__:
+        member = str.__new__(PeftType, PEFT_TYPE)
+        member._name_, member._value_, member._sort_order_ = PEFT_TYPE, PEFT_TYPE, len(PeftType)
+        PeftType._member_names_.append(PEFT_TYPE)
+        PeftType._member_map_[PEFT_TYPE] = member
+        PeftType._value2member_map_[PEFT_TYPE] = member
+        type.__setattr__(PeftType, PEFT_TYPE, member)
+    known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(PEFT_TYPE))
+    if known is AdapterTuner:
+        return
+    if known is not None:
+        raise EckartError(f"PEFT's method {PEFT_TYPE} belongs to {known.__module__}; uninstall that.")
+    register_peft_method(
+        name=PEFT_TYPE.lower(), config_cls=AdapterConfig, model_cls=AdapterTuner, prefix=AdapterTuner.prefix
+    )
