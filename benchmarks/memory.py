@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py
 
-Runs in a process of its own: peak resident memory during the calibration, less what the loaded model takes
-(measured after one forward pass), beside the bytes of the moments and of one batch with its activations.
+Runs in a process of its own: peak resident memory during the calibration of ``eckart compress``, less what the loaded
+model takes (measured after one forward pass), beside the bytes of the moments and of one batch with its activations.
+``eckart calibrate`` also collects the sums of the Fisher information, for which it keeps the inputs of a batch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-import eckart
+from eckart.arch import find_sites
 from eckart.data import read_texts
 from eckart.hf.batches import text_batches
 from eckart.hf.tasks import loss_for
+from eckart.verbs.calibrate import calibrate_sites
 from eckart.verbs.demo import minilm_folder
 from eckart.verbs.models import as_loaded
 
@@ -44,7 +46,7 @@ def main() -> None:
     loaded.model.zero_grad(set_to_none=True)
     del outputs, loss
     one_batch = peak() - start
-    moments = eckart.calibrate(loaded, batches)
+    moments = calibrate_sites(loaded, find_sites(loaded.model), batches, fisher=False)
     reached = peak() - start
     path = Path("moments-of-the-memory-benchmark.safetensors")
     moments.save(path)

@@ -4,13 +4,18 @@
 
 MiniLM at several shares of its maps' parameters, and one encoder block of growing width with random weights, whose
 singular values fall as 1/i. Dense and factored, in torch, in onnxruntime, and in onnxruntime with int8 weights, a
-scale per channel. One thread; milliseconds of process CPU time, all ways taking turns, the least of the rounds. The
-cosine is that of sentence embeddings to those of the original in torch, on docstrings not seen in calibration.
+scale per channel; the float graphs of MiniLM in OpenVINO as well, where that is installed (pip install openvino), as
+it comes and forced to float32. One thread; milliseconds of process CPU time, all ways taking turns, the least of the
+rounds. The cosine is that of sentence embeddings to those of the original in torch, on docstrings not seen in
+calibration.
 Prints two tables and writes results/onnx.json. (Not called onnx.py: that would hide the package of this name.)
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import shutil
@@ -61,6 +66,25 @@ def session(path: Path) -> Run:
         return dict(zip(outputs, found.run(None, feed), strict=True))
 
     return run
+
+
+def openvino_runs(path: Path) -> dict[str, Run]:
+    """The graph in OpenVINO, on one thread, in the precision that it takes by itself and in float32."""
+    if importlib.util.find_spec("openvino") is None:
+        return {}
+    openvino = importlib.import_module("openvino")
+    core = openvino.Core()
+    found: dict[str, Run] = {}
+    for name, precision in (("openvino", {}), ("openvino float32", {"INFERENCE_PRECISION_HINT": "f32"})):
+        model = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, **precision})
+        inputs = {one for port in model.inputs for one in port.get_names()}
+
+        def run(batch: Feed, model: Any = model, inputs: set[str] = inputs) -> dict[str, Any]:
+            results = model({one: x.numpy() for one, x in batch.items() if one in inputs})
+            return {one: results[port] for port in model.outputs for one in port.get_names()}
+
+        found[name] = run
+    return found
 
 
 def in_torch(model: Any) -> Run:
@@ -115,8 +139,12 @@ def minilm(work: Path) -> list[dict[str, Any]]:
     rows = []
     for name, folder in folders.items():
         ways[f"{name}, torch"] = in_torch(models[name])
+        runs: dict[str, tuple[Run, Path]] = {}
         for kind, path in graphs(folder, work, name).items():
-            run = session(path)
+            runs[kind] = session(path), path
+            if kind == "float32":
+                runs |= {other: (run, path) for other, run in openvino_runs(path).items()}
+        for kind, (run, path) in runs.items():
             ways[f"{name}, {kind}"] = run
             there = torch.cat([torch.from_numpy(run(with_types(batch))["sentence_embedding"]) for batch in held_out])
             cosine = float(cosine_similarity(there, original).mean())
@@ -234,6 +262,7 @@ def main() -> None:
             "instructions": instructions(),
             "torch": torch.__version__,
             "onnxruntime": onnxruntime.__version__,
+            "openvino": importlib.metadata.version("openvino") if importlib.util.find_spec("openvino") else None,
             "block_keep": BLOCK_KEEP,
             "minilm": minilm(work),
             "blocks": blocks(work),

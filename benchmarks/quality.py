@@ -28,7 +28,7 @@ from eckart.apply.probe import ROUNDS
 from eckart.arch import find_sites
 from eckart.hf.distance import distance_from_now
 from eckart.records import Budget
-from eckart.verbs.compress import PROBE_SAMPLES
+from eckart.verbs.compress import PROBE_ROWS, PROBE_SAMPLES
 from eckart.verbs.demo import minilm_folder
 from eckart.verbs.models import as_batches, as_loaded
 from eckart.verbs.plan import any_method
@@ -89,7 +89,7 @@ def run(kind: str, folder: Path, seeds: tuple[int, ...], rows: list[str]) -> dic
             if narrow:
                 samples = PROBE_SAMPLES[base.task]
                 batches, _ = as_batches(base, data, part="calibration", field=None, samples=samples, length=None,
-                                        batch_size=16, seed=seed)  # fmt: skip
+                                        batch_size=PROBE_ROWS, seed=seed)  # fmt: skip
                 distance = distance_from_now(base, batches, seed=seed)
             for removed in REMOVED:
                 start_time = time.process_time()

@@ -83,17 +83,24 @@ KINDS: dict[MethodKind, tuple[str, str]] = {
         "Engines and layers of `eckart.training`, for any PyTorch loop; the engines for ranks also for the Trainer "
         "(`eckart.hf.trainer.RankCallback`).",
     ),
+    "diagnostics": (
+        "Diagnostics",
+        "Functions that take tensors, or a model and its loss, and give a `Finding`: a value with its uncertainty, "
+        "sample size and notes. `eckart inspect` runs those of weights on every weight of a model; `eckart dimension` "
+        "those of dimension on a file of points.",
+    ),
 }
 """Heading and introduction of each table."""
 
 
 def methods_table(kind: MethodKind, methods: Sequence[Any]) -> str:
     """The methods of one table as Markdown, one line each."""
-    if kind == "training":
-        lines = ["| method | in `eckart.training` | what it does | source |", "|---|---|---|---|"]
+    if kind in ("training", "diagnostics"):
+        where = "in `eckart.training`" if kind == "training" else "in `eckart`"
+        lines = [f"| method | {where} | what it does | source |", "|---|---|---|---|"]
         for method in methods:
-            cells = (f"`{method.name}`", f"`{method.entry.__name__}`", method.summary, source(method, short=True))
-            lines.append(table_row(cells))
+            entry = method.entry.__name__ if kind == "training" else called(method)
+            lines.append(table_row((f"`{method.name}`", f"`{entry}`", method.summary, source(method, short=True))))
         return "\n".join(lines)
     lines = ["| method | what it does | needs | one budget for all layers | source |", "|---|---|---|---|---|"]
     for method in methods:
@@ -106,6 +113,11 @@ def methods_table(kind: MethodKind, methods: Sequence[Any]) -> str:
         )
         lines.append(table_row(cells))
     return "\n".join(lines)
+
+
+def called(method: Any) -> str:
+    """Room and name of the function of a diagnostic: ``geometry.two_nn``."""
+    return f"{method.entry.__module__.split('.')[1]}.{method.entry.__name__}"
 
 
 def all_tables() -> str:

@@ -3,7 +3,8 @@
 Registering needs torch and transformers, seconds of work that ``import eckart`` must not do. So a finder on
 ``sys.meta_path`` waits for ``transformers.modeling_utils``, which every ``from_pretrained`` of a model
 imports, and registers right after it. (Waiting for ``transformers.quantizers.auto`` fails: it is imported
-half-way through a circle.) For PEFT it waits for the module that chooses the LoRA of a layer.
+half-way through a circle.) For PEFT it waits for the module that chooses the LoRA of a layer, and for the whole package
+to register the adapters of :mod:`eckart.hf.adapters`.
 """
 
 from __future__ import annotations

@@ -90,6 +90,10 @@ class Unit:
     """Entries of all maps together per unit of width."""
     width_indices: int
     """Stored positions per unit of width."""
+    width_rows: tuple[tuple[int, int], ...] = ()
+    """(rows per unit of width, in-features) of the maps that lose rows."""
+    width_columns: tuple[tuple[int, int], ...] = ()
+    """(out-features, columns per unit of width) of the maps that lose columns."""
     role: str = ""
     depth: int | None = None
 

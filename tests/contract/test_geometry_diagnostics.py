@@ -25,7 +25,7 @@ HEADINGS = (
 if lacking := [name for name, d in GEOMETRY.items() if not isinstance(getattr(d, "claim", None), Claim)]:
     raise RuntimeError(f"diagnostics without a claim: {lacking}")
 
-NOT_HELD: set[str] = set()
+NOT_HELD = {"interaction-basis", "top-afa"}
 """Claims of papers that fail here; each docstring gives the figures. One that comes to hold has to leave this set."""
 
 every_diagnostic = pytest.mark.parametrize("diagnostic", GEOMETRY.values(), ids=list(GEOMETRY))

@@ -72,6 +72,7 @@ def test_a_constant_has_no_rank(constant: float) -> None:
     assert "does not vary" in found.notes[0]
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_all_problems_at_once() -> None:
     with pytest.raises(InputError, match=r"(?s)weighting.*1-D.*empty"):
         effective_rank({"1-D": torch.ones(3), "empty": torch.ones(0, 3)}, weighting="colour")  # type: ignore[arg-type]
@@ -79,6 +80,10 @@ def test_all_problems_at_once() -> None:
         effective_rank({})
     with pytest.raises(InputError, match="symmetric"):
         effective_rank({"a": torch.tensor([[1.0, 2.0], [0.0, 1.0]])}, kind="moments")
+    with pytest.raises(InputError, match="real tensor"):
+        effective_rank({"a": torch.ones(3, 3, dtype=torch.complex64)})
+    with pytest.raises(InputError, match="dense"):
+        effective_rank({"a": torch.quantize_per_tensor(torch.ones(3, 3), 0.1, 0, torch.qint8)})
     with pytest.raises(InputError, match="dense"):
         effective_rank({"a": torch.ones(3, 3).to_sparse()})
     with pytest.raises(NotFiniteError, match="a: 1 of 9"):

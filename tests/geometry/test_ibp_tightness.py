@@ -106,7 +106,8 @@ def test_convolutions_are_the_matrices_they_stand_for() -> None:
     )
     head = tail[-1].double()
     last = head.weight @ pool
-    expected = naive([conv_matrix, last], [zero.flatten(), head.bias], x.double().flatten(1), torch.ones(128).double())
+    weights, biases = [conv_matrix.detach(), last.detach()], [zero.flatten().detach(), head.bias.detach()]
+    expected = naive(weights, biases, x.double().flatten(1), torch.ones(128, dtype=torch.float64))
     assert float(ibp_tightness(nn.Sequential(conv, norm, tail), x)) == pytest.approx(expected, rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"""The layers that training-time methods leave, through save_pretrained and from_pretrained, over the table of methods."""
+"""The layers that training-time methods leave, through save_pretrained and from_pretrained, over their table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from eckart.training import TRAINING, bundle, group_sparsify, quantise_vectors
 PLAIN = {
     "trp": "its layers are those of a low-rank model, which other tests save",
     "maestro": "its layers are those of a low-rank model, which other tests save",
-    "rps": "one array stands for the weights of a whole model, which is a wrapper around it",
+    "stable-rps": "one array stands for the weights of a whole model, which is a wrapper around it",
 }
 """Methods that leave no layer of their own."""
 
@@ -42,7 +42,7 @@ def coded(model: nn.Module) -> None:
 def kernels(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     for name, block in list(model.named_modules()):
-        if name.endswith("mlp") or name.endswith("intermediate"):
+        if name.endswith(("mlp", "intermediate")):
             like = next(block.parameters())
             x = torch.randn(200, 16, generator=generator).to(like.dtype)
             model.set_submodule(name, bundle(block, x, features=30, kind="gelu"))
@@ -183,7 +183,7 @@ def test_a_block_on_features_has_to_know_what_it_replaces() -> None:
     replaced = layer.replaces
     assert "down_proj.weight" in replaced
     layer.replaces = ()
-    with pytest.raises(InputError, match="layer.replaces"):
+    with pytest.raises(InputError, match=r"layer\.replaces"):
         prepare_for_saving(model)
     layer.replaces = replaced
     assert prepare_for_saving(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,3 +112,10 @@ def test_other_layers_are_left_to_peft_and_registering_twice_changes_nothing(mod
     assert type(adapted.base_model.model[0]) is peft.tuners.lora.Linear
     with pytest.raises(ValueError, match="not supported"):
         peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), peft.LoraConfig(target_modules=["1"]))
+
+
+def test_importing_the_repair_first_is_no_circle() -> None:
+    """Importing peft registers Eckart's adapters, whatever is being imported at that moment."""
+    for code in ("import eckart.hf.lora", "import peft, eckart.hf.lora", "import eckart, peft, eckart.hf.lora"):
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr

@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers as tf
 from factored_tiny_models import build, inputs, output
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import eckart
-from eckart.arch import find_units, model_size
+from eckart.arch import find_sites, find_units, model_size
 from eckart.errors import BudgetError, InputError
 from eckart.layers import is_factored, is_narrowed
 from eckart.records import Budget
@@ -49,9 +50,9 @@ def test_compress_save_load(name: str, way: str, tmp_path: Path) -> None:
     made = compressed(name, **WAYS[way])
     totals = made.plan.totals
     assert totals is not None
-    assert made.outcome.sites_after.parameters == totals.sites_after.parameters
+    assert made.outcome.sites_after == totals.sites_after  # bytes too, scales, zeros and indices included
+    assert made.outcome.model_after.bytes <= totals.model_after.bytes  # less, where biases go with their rows
     if way != "bits":
-        assert made.outcome.sites_after == totals.sites_after
         assert made.outcome.sites_after.parameters <= round(0.6 * made.outcome.sites_before.parameters)
     if way == "modules":
         assert any(step.form == "narrow" for step in made.plan.steps)
@@ -67,6 +68,20 @@ def test_compress_save_load(name: str, way: str, tmp_path: Path) -> None:
         shapes = [tuple(p.shape) for n, p in build(name).named_parameters() if n.endswith("weight")]
         assert [tuple(p.shape) for n, p in loaded.named_parameters() if n.endswith("weight")] == shapes
         torch.testing.assert_close(output(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.2, 0.3])
+def test_the_bytes_of_a_plan_are_those_of_the_file(share: float, tmp_path: Path) -> None:
+    model = build("llama")
+    whole, maps = model_size(model).bytes, 4 * sum(site.weight_parameters for site in find_sites(model))
+    budget = Budget(bytes=whole - maps + int(share * maps))
+    made = compressed("llama", method="modules", budget=budget, bits=(8, 4))
+    assert made.plan.totals is not None
+    assert any(step.bits and step.form == "narrow" for step in made.plan.steps)
+    assert made.plan.totals.model_after.bytes == made.outcome.model_after.bytes <= whole - maps + int(share * maps)
+    eckart.save(made, tmp_path / "small")
+    files = [load_file(path) for path in (tmp_path / "small").glob("*.safetensors")]
+    assert sum(tensor.nbytes for file in files for tensor in file.values()) == made.outcome.model_after.bytes
 
 
 def test_without_eckart_a_narrow_folder_fails_loudly(tmp_path: Path) -> None:

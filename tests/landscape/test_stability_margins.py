@@ -31,7 +31,7 @@ def rows(n: int, d: int, seed: int, *, equal_norms: bool) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_above_the_sgd_limit_the_mean_square_diverges(seed: int, batch: int) -> None:
-    """The condition is necessary: just above the stated rate the exact second moment grows, whatever the samples are."""
+    """The condition is necessary: just above the stated rate the exact second moment grows for any samples."""
     X = rows(12, 6, seed, equal_norms=False)
     found = stability(matrix_operator(X.T @ X / 12), 0.1, batch_size=batch, steps=6, probes=400)
     limit = found["sgd_max_learning_rate"]

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from eckart.arch import MLP, Attention, Rows, find_sites, head_columns, site_matrices
 from eckart.modules import UnitFacts, module_units, prepare_unit
-from eckart.modules.neurons import DAMPING, PreparedNeurons, damped, errors_in_order, leverage_order, removal_order
+from eckart.modules.neurons import (
+    DAMPING,
+    ROUNDS,
+    PreparedNeurons,
+    damped,
+    errors_in_order,
+    leverage_order,
+    removal_order,
+)
 from eckart.modules.obs import Options, scores_of
 from eckart.modules.queries import PreparedQueries
 from eckart.modules.values import PreparedValues, picked_heads
@@ -205,6 +213,27 @@ def test_removal_in_rounds_stays_near_one_at_a_time(monkeypatch: pytest.MonkeyPa
     assert float(rounded[32]) < 1.3 * float(single[32])
     by_leverage = errors_in_order(target, second, leverage_order(second, 0.01))
     assert float(rounded[32]) < float(by_leverage[32])
+
+
+def removal_order_naive(target: Tensor, second: Tensor) -> list[int]:
+    """The rounds of ``removal_order``, with all of Σ⁻¹ brought up to date after each."""
+    inverse, left, gone = torch.linalg.inv(damped(second)), torch.arange(len(second)), []
+    size = max(1, len(second) // ROUNDS)
+    while len(left):
+        least = (target.square().sum(0) / inverse.diagonal()).argsort(stable=True)
+        out, stay = least[:size], least[size:].sort().values
+        gone += left[out].tolist()
+        shared = torch.linalg.solve(inverse[out][:, out], inverse[out][:, stay])
+        target = target[:, stay] - target[:, out] @ shared
+        inverse = inverse[stay][:, stay] - inverse[stay][:, out] @ shared
+        left = left[stay]
+    return gone[::-1]
+
+
+@pytest.mark.parametrize("width", [5, 40, 300, 390])
+def test_panels_change_nothing(width: int) -> None:
+    target, second = drawn(width, m=9, tokens=3 * width)
+    assert removal_order(target, second).tolist() == removal_order_naive(target, second)
 
 
 def test_duplicates_and_the_dead_go_first_at_no_cost() -> None:

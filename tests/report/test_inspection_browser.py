@@ -81,7 +81,10 @@ def test_the_table_sorts_filters_and_comes_back(visit) -> None:
     page = visit("minilm")
     assert shown(page) == 43
     page.locator(".layers thead th").nth(3).locator("button").click()
-    stable = [float(text) for text in page.locator(".layers tbody tr[data-i]:not([data-skipped]) > :nth-child(4)").all_text_contents()]
+    stable = [
+        float(text)
+        for text in page.locator(".layers tbody tr[data-i]:not([data-skipped]) > :nth-child(4)").all_text_contents()
+    ]
     assert stable == sorted(stable)
     page.fill("#find", "self.QUERY")
     assert shown(page) == 6

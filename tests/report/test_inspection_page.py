@@ -115,7 +115,9 @@ def test_the_embedded_data_give_back_what_was_measured(minilm) -> None:
                 continue
             value, uncertainty, at_least, notes = packed if isinstance(packed, list) else (packed, 0, 0, [])
             assert value == pytest.approx(finding.value, rel=1e-5)
-            assert uncertainty == (None if finding.uncertainty is None else pytest.approx(finding.uncertainty, rel=1e-5))
+            assert uncertainty == (
+                None if finding.uncertainty is None else pytest.approx(finding.uncertainty, rel=1e-5)
+            )
             assert bool(at_least) == finding.at_least
             assert tuple(data["notes"][i] for i in notes) == finding.notes
         if facts.singular_values:
@@ -148,6 +150,8 @@ def test_a_model_of_nothing_but_skipped_tensors_has_a_page() -> None:
     text = " ".join(read(render_inspection(found)).text)
     assert "No weight was measured." in text
     assert "0 measured weights" in text
+    assert "Nothing was measured." in text
+    assert "Nothing looks broken" not in text
     empty = replace(found, matrices=(), meta={})
     assert "0 tensors" in " ".join(read(render_inspection(empty)).text)
 
@@ -184,7 +188,8 @@ def test_a_plot_leaves_out_what_is_not_finite_and_scales_a_wide_range_by_its_log
     drawing = plot({"a": [(1, 1), (10, math.nan), (100, 1000)]}, x="<x>", y="y", label='"')
     assert "&lt;x&gt;" in drawing
     assert ">100<" in drawing
-    assert str(plot({"a": [(1.0, 2.0)]}, x="", y="", label="one")).count("<circle") == 1
+    assert plot({"a": [(1.0, 2.0)], "b": [(1.0, 3.0)]}, x="", y="", label="one point") == ""
+    assert str(plot({"a": [(1.0, 2.0), (2.0, 2.0)]}, x="", y="", label="level")).count("<circle") == 2
     assert plot({"a": []}, x="", y="", label="none") == ""
 
 

@@ -58,7 +58,7 @@ def test_the_terminal_shows_every_measured_weight_and_counts_the_others() -> Non
     assert "$ eckart compress MODEL" in text
     assert "✕ broken" in text
     assert "Rank of the activations" in text
-    assert "Effective rank: 123.4 ± 2.1 (n = 4096)" in text
+    assert "Effective rank: 123 ± 2.1 (n = 4,096)" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
@@ -96,7 +96,15 @@ def test_how_sure_a_number_is() -> None:
 
 
 def test_cells_are_short() -> None:
-    assert [cell_text(x) for x in (None, 0.0, 0.5, 0.994, 0.996, 1.26, 2.0)] == ["–", ".00", ".50", ".99", "1.0", "1.3", "2.0"]
+    assert [cell_text(x) for x in (None, 0.0, 0.5, 0.994, 0.996, 1.26, 2.0)] == [
+        "–",
+        ".00",
+        ".50",
+        ".99",
+        "1.0",
+        "1.3",
+        "2.0",
+    ]
 
 
 def test_the_meta_leaves_out_what_is_empty_and_writes_units() -> None:

@@ -1,7 +1,7 @@
 r"""EVA: LoRA that starts where the inputs of the layer vary.
 
-*What it does.* Takes the rows of A from the principal directions of what the layer reads, so that the first steps act on
-the directions that the data fill. With a budget, layers whose inputs vary in more directions get more of them.
+*What it does.* Takes the rows of A from the principal directions of what the layer reads, so that the first steps act
+on the directions that the data fill. With a budget, layers whose inputs vary in more directions get more of them.
 
 *Formula.* C = E[x xᵀ] − E[x] E[x]ᵀ = Q Λ Qᵀ; A = Q_rᵀ (scaled by Λ_r^-½ with ``whiten``), B = 0; ΔW = B A. Ranks by
 budget: the directions of all layers compete by λ_i / tr C per number that they cost.
@@ -12,10 +12,10 @@ budget: the directions of all layers compete by λ_i / tr C per number that they
 *When it does not help.* With few tokens, where C has fewer directions than the rank: the rest is drawn at random, as in
 LoRA. On data unlike the calibration. Embedding tables have no covariance, only frequencies.
 
-*Departs from the paper in.* The exact covariance of all calibration tokens instead of an incremental SVD of batches that
-stops on convergence. The budget counts numbers to train; the paper's counts ranks, so that wide layers were too cheap.
-The authors' code takes the mean off, as here; their ρ, the most by which a layer may exceed the mean rank, is ``r``
-of a config with a budget.
+*Departs from the paper in.* The exact covariance of all calibration tokens instead of an incremental SVD of batches
+that stops on convergence. The budget counts numbers to train; the paper's counts ranks, so that wide layers were too
+cheap. The authors' code takes the mean off, as here; their ρ, the most by which a layer may exceed the mean rank, is
+``r`` of a config with a budget.
 
 *Reference.* F. Paischer, L. Hauzenberger, T. Schmied, B. Alkin, M. P. Deisenroth, S. Hochreiter, “One Initialization to
 Rule them All: Fine-tuning via Explained Variance Adaptation”, 2024, https://arxiv.org/abs/2410.07170.

@@ -24,7 +24,7 @@ Factor for Fine-Tuning with LoRA”, 2023.
 >>> layout = Layout(name="up", kind="linear", out_features=6, in_features=4)
 >>> delta = LoraDelta(layout, 2, Options())
 >>> delta.start(Source(layout=layout, weight=torch.ones(1, 6, 4)))
->>> delta.parameter_count(), float(delta.delta().abs().max())
+>>> delta.parameter_count(), float(delta.delta().detach().abs().max())
 (20, 0.0)
 """
 
@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,9 +76,11 @@ def _run_claim() -> Verdict:
     low, full = adapted(METHOD, rank=8), fine_tuned()
     share = (low.before - low.after) / (full.before - full.after)
     figures = {"held-out loss before": full.before} | low.figures("LoRA") | full.figures("full")
-    return Verdict(held=share >= 0.9, figures=figures | {"share regained": share}, note="nats per byte; best of 3 learning rates by training loss")
-
-
+    return Verdict(
+        held=share >= 0.9,
+        figures=figures | {"share regained": share},
+        note="nats per byte; best of 3 learning rates by training loss",
+    )
 
 
 METHOD = AdaptMethod(

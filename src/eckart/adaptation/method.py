@@ -1,10 +1,10 @@
 """What an adaptation method is: a change ΔW of a weight with few numbers to train, zero at the start.
 
 Note [Zero at the start, in one product]. PiSSA and its kin train factors that start at a part of W, B₀A₀, and take that
-part out of W. Here W stays as it is, and ΔW = B A − B₀A₀ is written as (B − B₀) A + B₀ (A − A₀): the same matrix and the
-same gradients, Bᵀ-weighted for A and A-weighted for B. At the start both differences are exactly zero, and so is ΔW x in
-any precision; later no large terms cancel. And it is one product of rank 2r, [B − B₀, B₀] [A; A − A₀], which is what a
-LoRA file stores, so that a model with the exported file computes bit for bit what the adapter computes.
+part out of W. Here W stays as it is, and ΔW = B A − B₀A₀ is written as (B − B₀) A + B₀ (A − A₀): the same matrix and
+the same gradients, Bᵀ-weighted for A and A-weighted for B. At the start both differences are exactly zero, and so is ΔW
+x in any precision; later no large terms cancel. And it is one product of rank 2r, [B − B₀, B₀] [A; A − A₀], which is
+what a LoRA file stores, so that a model with the exported file computes bit for bit what the adapter computes.
 """
 
 from __future__ import annotations
@@ -157,9 +157,8 @@ class Delta(nn.Module):
         """A scalar that the method adds to the loss, or None."""
         return None
 
-    @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Called after every step of the optimiser, counted from 1."""
+        """Called after every step of the optimiser, counted from 1, without gradients."""
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

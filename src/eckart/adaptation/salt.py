@@ -13,13 +13,13 @@ ReLU stops training a singular value once it is negative.
 
 *Departs from the paper in.* The paper splits the full SVD, and X Y mixes the remaining singular directions; that needs
 all of U and V, in time and on disk (14 times a LoRA file). The projections span the same space for square weights, and
-the null directions of W as well for others; only the leading triplets are needed. X has out rows instead of p − k. The official code applies
-ReLU to the whole core matrix, which clips the entries of X Y and gives them no gradient at the start, as they begin at
-exactly zero; here it is on s' alone, as the paper has it. The standard deviation of X is Kaiming's for fan-in q and
-a = √20, which is what the official call amounts to.
+the null directions of W as well for others; only the leading triplets are needed. X has out rows instead of p − k. The
+official code applies ReLU to the whole core matrix, which clips the entries of X Y and gives them no gradient at the
+start, as they begin at exactly zero; here it is on s' alone, as the paper has it. The standard deviation of X is
+Kaiming's for fan-in q and a = √20, which is what the official call amounts to.
 
-*Reference.* A. Elsayed, S. Hashmi, M. Elseiagy, H. Wang, M. Yaqub, I. Almakky, “SALT: Singular Value Adaptation with
-Low-Rank Transformation”, 2025, https://arxiv.org/abs/2503.16055.
+*Reference.* A. Elsayed, S. Hashmi, M. Elseiagy, H. Wang, M. Yaqub, I. Almakky, “SALT: Parameter-Efficient Fine-Tuning
+via Singular Value Adaptation with Low-Rank Transformation”, 2025, https://arxiv.org/abs/2503.16055.
 
 *Example.*
 
@@ -29,7 +29,7 @@ Low-Rank Transformation”, 2025, https://arxiv.org/abs/2503.16055.
 >>> delta = SaltDelta(layout, 3, Options(rest=2))
 >>> delta.start(Source(layout=layout, weight=weight))
 >>> delta.fill(Y=torch.ones(1, 2, 6))
->>> inside = delta.U.mT @ delta.delta() @ delta.Vh.mT  # nothing among the leading directions
+>>> inside = delta.U.mT @ delta.delta().detach() @ delta.Vh.mT  # nothing among the leading directions
 >>> float(inside.abs().max()) < 1e-6
 True
 """
@@ -119,7 +119,8 @@ class SaltDelta(Delta):
         # ‖X Y‖² = tr(XᵀX Y Yᵀ), q × q; the roots are kept away from 0, where they have no gradient.
         product = ((self.X.mT @ self.X) * (self.Y @ self.Y.mT)).sum()
         parts = torch.stack([(self.scale - 1).square().sum(), self.shift.square().sum(), product])
-        return self.options.strength * (parts + 1e-12).sqrt().sum()
+        found: Tensor = self.options.strength * (parts + 1e-12).sqrt().sum()
+        return found
 
 
 def _run_claim() -> Verdict:
@@ -137,7 +138,7 @@ METHOD = AdaptMethod(
     summary="scale and shift of the leading singular values, low rank outside of them",
     paper=Paper(
         authors="A. Elsayed, S. Hashmi, M. Elseiagy, H. Wang, M. Yaqub, I. Almakky",
-        title="SALT: Singular Value Adaptation with Low-Rank Transformation",
+        title="SALT: Parameter-Efficient Fine-Tuning via Singular Value Adaptation with Low-Rank Transformation",
         year=2025,
         link="https://arxiv.org/abs/2503.16055",
     ),

@@ -3,25 +3,24 @@ r"""SoKA: train the leading Kronecker products of the weight.
 *What it does.* Writes W as a sum of Kronecker products by decreasing size and trains the leading ones. A Kronecker
 product of two small matrices has full rank, so that few numbers reach every direction.
 
-*Formula.* For out = m₁ m₂ and in = n₁ n₂, the rearrangement R (m₁n₁ × m₂n₂) with
-R[i₁n₁ + j₁, i₂n₂ + j₂] = W[i₁m₂ + i₂, j₁n₂ + j₂] turns P ⊗ Q into vec(P) vec(Q)ᵀ; R ≈ Σ_k σ_k u_k v_kᵀ gives P_k = √σ_k u_k
-and Q_k = √σ_k v_k, the nearest sum of r Kronecker products (Van Loan, Pitsianis, 1993).
-ΔW = Σ_k (P_k ⊗ Q_k − P⁰_k ⊗ Q⁰_k), as (P − P⁰) ⊗ Q + P⁰ ⊗ (Q − Q⁰). Applied as P X Qᵀ with X = x as (n₁ × n₂), never
-formed for linear layers. m₁ and n₁ are the divisors nearest to the square roots. Without a rank, ``rule="energy"`` takes
-the least r with Σ_{k≤r} σ_k² ≥ ``energy`` · ‖W‖², and ``"elbow"`` the point of the curve of σ_k that is farthest from the
-chord between its ends.
+*Formula.* For out = m₁ m₂ and in = n₁ n₂, the rearrangement R (m₁n₁ × m₂n₂) with R[i₁n₁ + j₁, i₂n₂ + j₂] = W[i₁m₂ + i₂,
+j₁n₂ + j₂] turns P ⊗ Q into vec(P) vec(Q)ᵀ; R ≈ Σ_k σ_k u_k v_kᵀ gives P_k = √σ_k u_k and Q_k = √σ_k v_k, the nearest
+sum of r Kronecker products (Van Loan, Pitsianis, 1993). ΔW = Σ_k (P_k ⊗ Q_k − P⁰_k ⊗ Q⁰_k), as (P − P⁰) ⊗ Q + P⁰ ⊗ (Q −
+Q⁰). Applied as P X Qᵀ with X = x as (n₁ × n₂), never formed for linear layers. m₁ and n₁ are the divisors nearest to
+the square roots. Without a rank, ``rule="energy"`` takes the least r with Σ_{k≤r} σ_k² ≥ ``energy`` · ‖W‖², and
+``"elbow"`` the point of the curve of σ_k that is farthest from the chord between its ends.
 
-*Cost.* r (m₁n₁ + m₂n₂) numbers to train, as many saved beside them; about 4 r √in out (√in + √out) multiply-adds per token
-for square factors, in thin products that are 2 to 3 times slower than LoRA's at equal loss.
+*Cost.* r (m₁n₁ + m₂n₂) numbers to train, as many saved beside them; about 4 r √in out (√in + √out) multiply-adds per
+token for square factors, in thin products that are 2 to 3 times slower than LoRA's at equal loss.
 
 *When it does not help.* Where it must ship as LoRA: it has no low rank, an export is an approximation with a measured
 error; merge instead. Where speed counts. Sizes that are prime have only one split, with m₁ = 1.
 
-*Departs from the paper in.* The published Algorithm reshapes W to (m n) × (p q) by its own order, which is W again, and its
-factors then have the wrong shapes; the rearrangement above is the one that the decomposition needs. The paper's
+*Departs from the paper in.* The published Algorithm reshapes W to (m n) × (p q) by its own order, which is W again, and
+its factors then have the wrong shapes; the rearrangement above is the one that the decomposition needs. The paper's
 dynamic rank is read as energy threshold, then elbow; either can be had alone.
 
-*Reference.* Y. Li et al., “Singular Value Decomposition on Kronecker Adaptation for Large Language Model”, 2025,
+*Reference.* Y. H. Chong, P. Qu, “Singular Value Decomposition on Kronecker Adaptation for Large Language Model”, 2025,
 https://arxiv.org/abs/2506.15251; C. F. Van Loan, N. Pitsianis, “Approximation with Kronecker Products”, 1993.
 
 *Example.*
@@ -164,7 +163,7 @@ METHOD = AdaptMethod(
     name="soka",
     summary="the leading Kronecker products of the weight: full rank from few numbers",
     paper=Paper(
-        authors="Y. Li et al.",
+        authors="Y. H. Chong, P. Qu",
         title="Singular Value Decomposition on Kronecker Adaptation for Large Language Model",
         year=2025,
         link="https://arxiv.org/abs/2506.15251",

@@ -26,7 +26,7 @@ from eckart.layers import (
 from eckart.linalg import round_groups, weighted_factors
 from eckart.moments import SiteMoments
 from eckart.planning import Choices, Step, quantised_bytes, with_bits
-from eckart.planning.curve import FORMS, Choice
+from eckart.planning.curve import FORMS, INDEX_BYTES, Choice
 from eckart.records import FormKind, Site, Size, Unit
 
 GROUP = 128
@@ -115,15 +115,12 @@ def unit_bits(
 ) -> Choices:
     """The widths of a unit, and each of them in few bits; the loss of rounding falls with the width."""
     found = [choices]
-    share = choices.rank / unit.full_rank
+    k = choices.rank
+    index = np.where(choices.form == FORMS.index("narrow"), k * unit.width_indices * INDEX_BYTES, 0)
     for width in bits:
-        # Matrices of rows keep their inputs, those of columns their outputs: bytes per number are alike in both.
-        numbers = choices.rank * unit.width_parameters
-        packed = -(-numbers * width // 8)
-        scales = -(-numbers // GROUP) * (bytes_per_number + 1)
-        index = np.where(choices.form == FORMS.index("narrow"), choices.rank * unit.width_indices * 4, 0)
-        slack = len(unit.sites) * GROUP * bytes_per_number
-        found.append(with_bits(choices, width, share * dense_noise[width], packed + scales + index + slack))
+        shapes = [(k * rows, n) for rows, n in unit.width_rows] + [(m, k * each) for m, each in unit.width_columns]
+        size = sum(quantised_bytes(m, n, width, GROUP, bytes_per_number) for m, n in shapes)
+        found.append(with_bits(choices, width, k / unit.full_rank * dense_noise[width], size + index))
     return Choices.joined(found)
 
 

@@ -16,6 +16,7 @@ from eckart.layers import supported_forms, unsupported
 from eckart.modules import PreparedUnit, UnitFacts
 from eckart.moments import Moments
 from eckart.planning import Choice, Choices, Curve, Group, choices_for, unit_choices
+from eckart.planning.curve import INDEX_BYTES
 from eckart.records import FormKind, Site, Size, Unit
 
 
@@ -94,6 +95,9 @@ class Table:
             unit, errors, multiple=self.rank_multiple, min_width=self.min_rank, bytes_per_number=size
         )
         owners = [other for other in self.units.values() if set(other.unit.sites) & set(unit.sites)]
+        if len(owners) > 1 and unit.width_indices:
+            # Beside rows of a fused map that another unit drops, the rows that all stay are stored with their places.
+            choices.bytes[-1] += unit.full_rank * sum(rows for rows, _ in unit.width_rows) * INDEX_BYTES
         # Rows of one fused map cannot differ in bits: there only whole maps are quantised.
         if self.bits and len(owners) == 1 and all(name in noises for name in unit.sites):
             dense = {width: sum(noises[name][width] for name in unit.sites) for width in self.bits}

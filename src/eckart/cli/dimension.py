@@ -18,7 +18,8 @@ from eckart.cli.terminal import Terminal
 
 def dimension(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A .npy or .safetensors file with one point a row.", show_default=False)
+        str,
+        typer.Argument(metavar="DATA", help="A .npy or .safetensors file with one point a row.", show_default=False),
     ],
     output: Annotated[
         str | None,
@@ -60,4 +61,6 @@ def dimension(
         curve = eckart.dimension(data, name=name, neighbours=neighbours, at_most=at_most or None, seed=seed)
         if page is not None:
             write_text(page, curve.page(shlex.join(["eckart", *sys.argv[1:]])))
-    terminal.result({"dimension": curve.to_json(), "page": page}, lambda console: render.dimension(console, curve, page))
+    terminal.result(
+        {"dimension": curve.to_json(), "page": page}, lambda console: render.dimension(console, curve, page)
+    )

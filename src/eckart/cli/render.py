@@ -132,10 +132,12 @@ def methods(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     """The methods with what they need and their options."""
     table = _table("method", "what it does", "needs", "options", "source", words=5)
     for row in rows:
-        options = ", ".join(f"{o['name']}={o['default']}" for o in row["options"])
+        options = ", ".join(f"{o['name']}={o['default']}" for o in row["options"]) or "none"
         paper = f"{row['paper'].authors}, {row['paper'].year}"
-        needs = ", ".join(sorted(row["needs"]))
-        cells = (row["name"], row["summary"], needs or "nothing", options or "none", paper)
+        needs = ", ".join(sorted(row["needs"])) or "nothing"
+        if row["entry"]:  # called in Python with keywords of its own
+            needs, options = row["entry"], ""
+        cells = (row["name"], row["summary"], needs, options, paper)
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
 

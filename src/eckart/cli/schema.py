@@ -12,7 +12,7 @@ from eckart.errors import InputError, unknown
 
 
 def schema(
-    verb: Annotated[str, typer.Argument(metavar="[VERB]", help="calibrate, plan, compress, evaluate, compensate or inspect.")] = "compress",
+    verb: Annotated[str, typer.Argument(metavar="[VERB]", help="Verb, such as inspect or plan.")] = "compress",
 ) -> None:
     """Print the JSON Schema of a verb's recipe file, for editors."""
     if verb not in RECIPES:

@@ -15,6 +15,8 @@ from eckart.records import Site
 
 _COARSENESS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 _SHOWN = 8
+_NOTED = 3
+"""Remarks in an error."""
 _ROOM = 1.01
 """Rounding and pruning leave every map nearer to its original than a map of zeros, at distance 1, would be; the maps
 of two different models are about √2 apart."""
@@ -106,7 +108,8 @@ def find_damage(base: nn.Module, damaged: nn.Module) -> Damage:
     if not differing:
         raise InputError(
             "no linear map differs from the base's, so there is nothing to repair."
-            + "".join(f" {note}." for note in notes)
+            + "".join(f" {note}." for note in notes[:_NOTED])
+            + (f" And {len(notes) - _NOTED} more." if len(notes) > _NOTED else "")
         )
     return Damage(tuple(differing), tuple(notes))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -37,11 +37,21 @@ def initial_parameters(generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def forward(parameters: Mapping[str, Tensor], contexts: Tensor, tape: Tape | None = None) -> Tensor:
-    """Logits (n, 256) of the byte after each context (n, 8): one residual block between a mix and a head."""
+def forward(
+    parameters: Mapping[str, Tensor],
+    contexts: Tensor,
+    tape: Tape | None = None,
+    beside: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+) -> Tensor:
+    """Logits (n, 256) of the byte after each context (n, 8): one residual block between a mix and a head.
+
+    ``beside[name](x, y)`` is added to the output y of that map for its input x, as adapters are.
+    """
 
     def through(name: str, x: Tensor) -> Tensor:
         y = linear(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"])
+        if beside is not None and name in beside:
+            y = y + beside[name](x, y)
         if tape is not None:
             tape[name] = (x, y)
         return y

@@ -10,9 +10,9 @@ rank, and is the rank just where all values that are not zero are equal.
 *Cost.* Eigenvalues of the Gram matrix of the smaller side: 2·n·d·min(n, d) + O(min(n, d)³).
 
 *When it does not help.* With fewer samples than features the number says more about the samples: it cannot pass
-n − 1, and is marked “at least” there. Even with n = 10 d of isotropic noise it reads 5 % low. The two weightings
-differ by much (a long weak tail counts for little in the energy and for a lot in the amplitude), so figures of
-different papers cannot be compared before the weighting is known. A high rank is no merit by itself: noise has it.
+n − 1, and is marked “at least” there. Even with n = 10 d of isotropic noise the energy reads 5 % low. The two
+weightings differ by much (a long weak tail counts for little in the energy and for a lot in the amplitude), so figures
+of different papers cannot be compared before the weighting is known. A high rank is no merit by itself: noise has it.
 
 *Departs from the paper in.* Roy and Vetterli weigh by σ; the default here is λ, the share of variance, since it can
 be read from second moments without the square root that blows up rounding. Columns are centred unless ``centre``

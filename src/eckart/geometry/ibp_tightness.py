@@ -61,7 +61,7 @@ def ibp_tightness(
     """Finding ``ibp_tightness`` in [0, 1]: the mean of τ over samples and outputs, 1 where bounds are exact.
 
     ``model``: Sequential (nested ones too) of Linear, Conv, ReLU, BatchNorm in its running statistics, average
-    pooling, Flatten, Identity, Dropout (as in eval mode); run in float64 on the CPU, on a copy. ``x``:
+    pooling, Flatten, Identity, Dropout (as in eval mode); its weights are read in float64 on the CPU. ``x``:
     (samples, *shape). ``half_width``: the box, of the shape of one input, ≥ 0 (default: equal everywhere; its size
     cancels). ``labels`` (samples,): outputs are then the differences true class − other class. Outputs that do not
     depend on the input are left out and counted. ``details["per_sample"]`` has the means.

@@ -5,9 +5,9 @@ to which the rest of the network reacts, sorted by how much; and counts the dire
 parameters without a function. The count is the useful part.
 
 *Formula.* Backwards from the output. Activations with mean μ and covariance U D Uᵀ; directions with D ≤ rtol · D_max
-are dropped; R = U D^(−½) whitens. With J the Jacobian of the next layer, expressed in the basis of that layer
-(C′ᵀ J R⁺ᵀ, R⁺ = U D^½), M = E[JᵀJ] = V Λ Vᵀ; directions with Λ ≤ rtol · Λ_max are dropped. Basis C = R V Λ^½,
-coordinates Cᵀ(a − μ), way back U D^½ V Λ^(−½). A rotation of the outputs does not change M, so they are their own
+are dropped; R = U D^(−½) whitens. With C′ the basis of what the next layer puts out and F its Jacobian, J = C′ᵀ F U D^½
+and M = E[JᵀJ] = V Λ Vᵀ; directions with Λ ≤ rtol · Λ_max are dropped. Basis C = R V Λ^½, coordinates Cᵀ(a − μ),
+way back U D^½ V Λ^(−½). A rotation of the outputs does not change M, so they are their own
 basis.
 
 *Cost.* samples × (directions of the next layer) backward passes through one layer, and samples × directions × width
@@ -24,7 +24,8 @@ mean goes into the layer as a bias would. Its modular graph (integrated gradient
 
 *Reference.* L. Bushnaq, S. Heimersheim, N. Goldowsky-Dill, D. Braun, J. Mendel, K. Hänni, A. Griffin, J. Stöhler,
 M. Wache, M. Hobbhahn, “The local interaction basis: identifying computationally-relevant and sparsely interacting
-features in neural networks”, 2024, https://arxiv.org/abs/2405.10928.
+features in neural networks”, 2024, https://arxiv.org/abs/2405.10928; the theory: L. Bushnaq et al., “Using degeneracy
+in the loss landscape for mechanistic interpretability”, 2024, https://arxiv.org/abs/2405.10927.
 
 *Example.*
 
@@ -127,9 +128,9 @@ def degenerate_directions(layers: Sequence[Layer], x: Tensor, *, rtol: float = 1
     The value counts directions; ``details``: ``constant`` (do not vary), ``unread`` (the next layer does not react,
     nor what follows it), ``kept`` and ``importance``. Options and errors are those of :func:`interaction_bases`.
     """
-    n = x.shape[0]
     findings = {}
     for i, basis in enumerate(interaction_bases(layers, x, rtol=rtol)):
+        n = x.shape[0]
         width = basis.mean.numel()
         findings[str(i)] = Finding(
             name="degenerate_directions",

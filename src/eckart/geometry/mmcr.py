@@ -141,7 +141,7 @@ METHOD = Diagnostic(
     claim=Claim(
         statement="Maximising the nuclear norm of the centroids alone also makes the objects compact: the mean "
         "nuclear norm of the views of an object falls, though the loss does not contain it.",
-        source="section 3: compression of the object manifolds is implicit, λ = 0 suffices",
+        source="the choice λ = 0: maximising the global term compresses the object manifolds by itself",
         run=_run_claim,
     ),
 )

@@ -102,11 +102,11 @@ def neural_collapse(
     # tr(Σ_W Σ_B†) = mean over samples of (h − μ_y)ᵀ Σ_B† (h − μ_y), without forming Σ_W.
     between = torch.linalg.pinv(M.T @ M / K, hermitian=True, rtol=1e-10)
     nc1 = float(((within @ between) * within).sum() / n / K)
-    norms = means_norms = M.norm(dim=1)
+    norms = M.norm(dim=1)
     cosines = (M @ M.T / (norms[:, None] * norms).clamp_min(1e-300))[~torch.eye(K, dtype=torch.bool)]
     details = {
         "classes": K,
-        "norm_spread": float(means_norms.std(correction=0) / means_norms.mean()),
+        "norm_spread": float(norms.std(correction=0) / norms.mean()),
         "mean_cosine": float(cosines.mean()),
         "simplex_cosine": -1 / (K - 1),
     }
@@ -116,7 +116,7 @@ def neural_collapse(
     }
     if W is not None:
         logits = H @ W.T + (0.0 if b is None else b)
-        nearest = torch.cdist(H, means).argmin(1)
+        nearest = torch.cdist(H, means, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
         chosen = W[present]
         findings["nc2_weight"] = _gauge("nc2_weight", chosen @ chosen.T, n, notes)
         findings["nc3"] = _gauge("nc3", chosen @ M.T, n, notes)

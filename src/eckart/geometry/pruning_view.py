@@ -17,7 +17,7 @@ is seen. Distance in feature space is no distance in input space.
 
 *Departs from the paper in.* It is a visual tool; here are the figures that it draws, as findings, without the drawing.
 
-*Reference.* Z. Li, S. Liu, X. Yu, K. Bhavya, J. Cao, J. D. Diffenderfer, P.-T. Bremer, V. Pascucci, “"Understanding
+*Reference.* Z. Li, S. Liu, X. Yu, B. Kailkhura, J. Cao, J. D. Diffenderfer, P.-T. Bremer, V. Pascucci, “"Understanding
 robustness lottery": a geometric visual comparative analysis of neural network pruning approaches”, 2022,
 https://arxiv.org/abs/2206.07918.
 
@@ -192,7 +192,7 @@ METHOD = Diagnostic(
     summary="norm, angle and margin of each sample before and after pruning, and the samples that it cost",
     group="representations",
     paper=Paper(
-        authors="Z. Li, S. Liu, X. Yu, K. Bhavya, J. Cao, J. D. Diffenderfer, P.-T. Bremer, V. Pascucci",
+        authors="Z. Li, S. Liu, X. Yu, B. Kailkhura, J. Cao, J. D. Diffenderfer, P.-T. Bremer, V. Pascucci",
         title="“Understanding robustness lottery”: a geometric visual comparative analysis of neural network pruning "
         "approaches",
         year=2022,

@@ -11,12 +11,12 @@ the α quantile of Beta(k, n − k + 1) for k votes. p ≤ ½ means no answer.
 *Cost.* n₀ + n evaluations of the classifier for each input.
 
 *When it does not help.* To certify the classifier itself: the certificate is for the vote g, which has to be used in
-its place. With n votes R is at most σ Φ⁻¹(α^(1/n)): 3.0 σ for n = 10 000 and α = 0.001 even where all agree.
+its place. With n votes R is at most σ Φ⁻¹(α^(1/n)): 3.2 σ for n = 10 000 and α = 0.001 even where all agree.
 Classifiers not trained under the noise lose their accuracy to it. An accuracy over many inputs at level 1 − α each
 fails for a share α of them.
 
 *Departs from the paper in.* n is 10 000 by default where the paper has 100 000, which costs ten times as much and
-moves the largest radius from 3.0 σ to 3.8 σ. Nothing else.
+moves the largest radius from 3.2 σ to 3.8 σ. Nothing else.
 
 *Reference.* J. Cohen, E. Rosenfeld, Z. Kolter, “Certified adversarial robustness via randomized smoothing”, ICML 2019,
 https://arxiv.org/abs/1902.02918; C. Clopper, E. Pearson, “The use of confidence or fiducial limits illustrated in the

@@ -328,7 +328,7 @@ METHOD = Diagnostic(
     claim=Claim(
         statement="On planted codes of varying sparsity the top-AFA autoencoder has a smaller error on held-out "
         "vectors than a top-k one with as many active features on average, trained alike.",
-        source="section 5: comparison with k-sparse autoencoders on GPT-2",
+        source="experiments: comparison with k-sparse autoencoders on GPT-2",
         run=_run_claim,
     ),
 )

@@ -16,10 +16,9 @@ from torch.nn.functional import pad
 
 from eckart.errors import InputError
 from eckart.forms import LowRank
+from eckart.hf.adapter_files import CONFIG, WEIGHTS
 from eckart.hf.models import Task
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _TASKS: dict[Task, str] = {"causal-lm": "CAUSAL_LM", "embedding": "FEATURE_EXTRACTION"}
 
 

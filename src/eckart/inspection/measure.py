@@ -55,13 +55,13 @@ def measure(W: Tensor, entry: Entry, tier: Tier, base: Tensor | None = None) -> 
     """
     start = time.perf_counter()
     kind, groups = entry.kind, entry.groups
-    windows = farms(W, kind=kind, groups=groups)
     findings: dict[str, Finding] = {}
     shown = Measured(findings={})
     if tier == "quick":
-        findings |= quick_norms(W, kind=kind, groups=groups) | windows
+        findings |= quick_norms(W, kind=kind, groups=groups) | farms(W, kind=kind, groups=groups)
     else:
         s = singular_values(W, kind=kind, groups=groups)
+        windows = farms(W, kind=kind, groups=groups, spectrum=s)
         judged = judge(s, windows)
         findings |= spectrum(s) | marchenko_pastur(s) | windows | power_law(s) | {"verdict": judged}
         findings |= _defects(W, entry, tier)

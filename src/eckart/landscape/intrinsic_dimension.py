@@ -14,7 +14,11 @@ the forward and backward pass of the model plus one projection.
 *When it does not help.* It measures model, data, optimizer and learning rate together: a subspace that was trained too
 briefly counts as one without a solution, so d90 is an upper bound. Rates that fit full training need not fit
 θ_d. A score that does not rise with d (early stopping, overfitting) has no one d90; the notes say where that was
-seen. Regularisation acts on θ_d, not on θ.
+seen. Regularisation acts on θ_d, not on θ. With three seeds it is a rough figure: d90 of the classifier in
+the claim below is 48 (dense, interval 18 to 104), 48 (Fastfood, 18 to 62) and 37 (one-hot, 29 to 37) of 1125
+parameters, and 62 (23 to 80) of 4485. Those are for accuracy on unseen samples. Accuracy on the training set keeps
+rising with d where a model can learn it by heart; a first form of the claim, on 90 % of that, gave 448 and 512 (the end
+of the search).
 
 *Departs from the paper in.* Bisection on a geometric grid with a confidence interval, not a sweep read off by eye.
 The one-hot projection is later work (K. Li et al., “Uni-LoRA: One Vector is All You Need”, 2025), here dealt out

@@ -16,7 +16,9 @@ eigenvalue again and again, and the density is wrong). It ends early where the K
 *When it does not help.* For weights that fit into memory: their exact spectrum costs less (Gram matrix and
 eigenvalues). For the few smallest eigenvalues in magnitude, which Lanczos finds last. For small shares: from k probes
 of D parameters a share p comes with an error of about √(2p/(kD)), and a share of negative curvature next to zero cannot
-be told from curvature zero. For ReLU networks the Hessian leaves out the kinks.
+be told from curvature zero. More steps help only until the probes are the limit: in
+the claim 10, 20, 40 and 80 steps misplace 10, 7.7, 1.1 and 1.1 % of the density. For ReLU networks the Hessian leaves
+out the kinks.
 
 *Departs from the paper in.* One flat vector, not a list of tensors; eigenvalues of T by a solver for symmetric
 tridiagonal matrices; orthogonality by two passes; T in float64 also for a float32 model. Intervals over probes by
@@ -100,8 +102,9 @@ def lanczos(operator: Operator, start: Tensor, steps: int) -> Ritz:
     Q[0] = q / norm
     alphas: list[float] = []
     betas: list[float] = []
-    # What a new direction must exceed to be more than rounding, as a share of the matrix seen so far.
-    floor = math.sqrt(operator.size) * torch.finfo(operator.dtype).eps
+    # What a new direction must exceed to be more than rounding, as a share of the matrix seen so far. Not more: where
+    # eigenvalues coincide only nearly, going on is right, and the further nodes have next to no weight.
+    floor = 100 * torch.finfo(operator.dtype).eps
     scale = 0.0
     for j in range(steps):
         w = operator.matvec(Q[j])

@@ -7,10 +7,12 @@ letting each layer choose how far it moves.
 coordinates and the m scales are trained together, d numbers in all. A layer is a module that owns parameters: its
 weight and bias share a scale.
 
-*Cost.* That of :mod:`eckart.landscape.intrinsic_dimension`; m numbers more in the same budget.
+*Cost.* That of :func:`eckart.landscape.intrinsic_dimension`; the scales add next to nothing.
 
 *When it does not help.* For d near m, where scales eat the budget. One dimension is lost to scale (doubling λ
 and halving θ is the same model). At the start λ has no gradient, since P θ is zero.
+In the claim below a random start does not reach 90 % in 512 of 2146 dimensions; the pretrained one takes 18 with scales
+and 37 without.
 
 *Departs from the paper in.* One P over all layers; circulated code draws one per tensor, each with its own unit
 columns, and multiplies the transform by 1/√n in the backward pass alone, so that gradients of large tensors come out

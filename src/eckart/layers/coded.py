@@ -34,6 +34,10 @@ class CodedLayer(nn.Module):
         """The weight as the matrix (out, in), decoded; gradients reach what is trained."""
         raise NotImplementedError
 
+    def dense(self) -> Tensor:
+        """W (out, in), or (out, in · height · width), decoded."""
+        return self.matrix().detach()
+
     def levels(self) -> Tensor:
         """The parameter that has the weight's dtype and device."""
         raise NotImplementedError

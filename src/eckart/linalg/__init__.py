@@ -4,6 +4,8 @@ from eckart.linalg.hadamard import walsh_hadamard
 from eckart.linalg.krylov import leading_svd
 from eckart.linalg.matricize import fold, matricize
 from eckart.linalg.pivot import pivot_rows
+from eckart.linalg.polar import polar_factor
+from eckart.linalg.product import product_svd
 from eckart.linalg.roots import symmetric_root
 from eckart.linalg.rounding import Rounded, on_grid, round_groups
 from eckart.linalg.shrink import shrink_to_diagonal
@@ -19,6 +21,8 @@ __all__ = [
     "matricize",
     "on_grid",
     "pivot_rows",
+    "polar_factor",
+    "product_svd",
     "round_groups",
     "shrink_to_diagonal",
     "symmetric_root",

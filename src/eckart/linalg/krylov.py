@@ -20,16 +20,16 @@ _SHARE = 0.6
 def leading_svd(A: Tensor, rank: int, *, seed: int = 0, tolerance: float = 0.08) -> SVD:
     """The leading ``rank`` singular triplets of A (m, n), 1 ≤ rank ≤ min(m, n), for initialising, not for rounding.
 
-    A block Krylov space of AᵀA (of A Aᵀ where m < n), from ``rank`` normal vectors (rounded up to a multiple of
-    16) drawn by ``seed``: span{Ω, AᵀA Ω, (AᵀA)² Ω, …}, each block orthonormalised twice against those before it, and
-    the Rayleigh-Ritz triplets of A in it. It keeps what a power iteration throws away, so that it gets by with a third of the passes over A where a
-    spectrum is flat. Runs in float32 for data of float32 or less, on the device of A.
+    A block Krylov space of AᵀA (of A Aᵀ where m < n), from ``rank`` normal vectors (rounded up to a multiple of 16)
+    drawn by ``seed``: span{Ω, AᵀA Ω, (AᵀA)² Ω, …}, each block orthonormalised twice against those before it, and the
+    Rayleigh-Ritz triplets of A in it. It keeps what a power iteration throws away, so that it gets by with a third of
+    the passes over A where a spectrum is flat. Runs in float32 for data of float32 or less, on the device of A.
 
-    The check: for AᵀA V = V diag(σ²) + R, the norms ‖R_i‖ come out of the last orthonormalisation at no cost, and
-    each σ_i² is within ‖R_i‖ of a squared singular value of A (Weyl), and for one apart from the others within about the
-    square of that. Accepted where all ‖R_i‖ ≤ ``tolerance`` · σ_i²; else more steps, up to a basis of 0.6 of the smaller side;
-    else the exact decomposition (:func:`eckart.linalg.truncated_svd`). ``error_bound`` is max ‖R_i‖ / σ_i², 0 for
-    exact ones; ``method`` says what ran. That no larger σ was missed holds almost surely, by the draw of Ω.
+    The check: for AᵀA V = V diag(σ²) + R, the norms ‖R_i‖ come out of the last orthonormalisation at no cost, and each
+    σ_i² is within ‖R_i‖ of a squared singular value of A (Weyl), and for one apart from the others within about the
+    square of that. Accepted where all ‖R_i‖ ≤ ``tolerance`` · σ_i²; else more steps, up to a basis of 0.6 of the
+    smaller side; else the exact decomposition (:func:`eckart.linalg.truncated_svd`). ``error_bound`` is max ‖R_i‖ /
+    σ_i², 0 for exact ones; ``method`` says what ran. That no larger σ was missed holds almost surely, by the draw of Ω.
 
     Equal arguments give equal results on one machine, whatever the state of torch's generators.
     Raises InputError for a rank out of range, NotFiniteError for NaN or Inf. Cost: 4 m n rank per step.

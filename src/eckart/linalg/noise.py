@@ -11,6 +11,7 @@ one: I. M. Johnstone, “On the distribution of the largest eigenvalue in princi
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -51,15 +52,32 @@ def noise_quantiles(levels: Tensor, aspect: float) -> Tensor:
     c = _share(aspect)
     wanted = 1 - levels.double()
     low, high = torch.zeros_like(wanted), torch.full_like(wanted, math.pi)
-    for _ in range(54):  # bisection: one bit of θ each
-        middle = (low + high) / 2
-        inside = _above(middle, c) < wanted
-        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-    return 1 + c + 2 * math.sqrt(c) * ((low + high) / 2).cos()
+    middle = (low + high) / 2
+    for _ in range(60):  # Newton inside of the bracket, which halves where a step would leave it
+        gap = _above(middle, c) - wanted
+        low, high = torch.where(gap < 0, middle, low), torch.where(gap < 0, high, middle)
+        slope = (2 / math.pi) * middle.sin().square() / (1 + c + 2 * math.sqrt(c) * middle.cos()).clamp_min(1e-300)
+        step = middle - gap / slope.clamp_min(1e-300)
+        # With slack, or a value that has converged onto an end of its bracket would be thrown out of it by rounding.
+        near = (step > low - 1e-9) & (step < high + 1e-9)
+        before, middle = middle, torch.where(near, step.clamp(low, high), (low + high) / 2)
+        if float((middle - before).abs().max()) < 1e-14:
+            break
+    return 1 + c + 2 * math.sqrt(c) * middle.cos()
 
 
+@functools.lru_cache(maxsize=4096)
+def noise_median(m: int, n: int) -> float:
+    """The median of the eigenvalues of W Wᵀ / (v · longer side) of m × n noise, the 0.5 of :func:`noise_quantiles`."""
+    return float(noise_quantiles(torch.tensor([0.5], dtype=torch.float64), max(m, n) / min(m, n)))
+
+
+@functools.lru_cache(maxsize=64)
 def noise_spectrum(m: int, n: int) -> Tensor:
-    """(p,) singular values, falling, of m × n noise of variance 1, p = min(m, n): the quantiles at (i − ½)/p."""
+    """(p,) singular values, falling, of m × n noise of variance 1, p = min(m, n): the quantiles at (i − ½)/p.
+
+    The tensor is kept for the next call with the same shape: do not write into it.
+    """
     p, q = min(m, n), max(m, n)
     levels = 1 - (torch.arange(p, dtype=torch.float64) + 0.5) / p
     return (noise_quantiles(levels, q / p) * q).sqrt()

@@ -60,7 +60,9 @@ class PreparedNeurons:
         bias = _exact(down.get("bias"))
         if bias is None or self.mean is None:
             return bias
-        lost = down["weight"].to("cpu", torch.float64) @ self.mean - self._refitted(width) @ self.mean[self._kept(width)]
+        lost = (
+            down["weight"].to("cpu", torch.float64) @ self.mean - self._refitted(width) @ self.mean[self._kept(width)]
+        )
         return bias + lost
 
     def cut(self, width: int) -> tuple[Piece, ...]:

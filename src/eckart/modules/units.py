@@ -16,6 +16,12 @@ NATIVE_KINDS: tuple[UnitKind, ...] = ("neurons",)
 and values, which rotary frequencies are computed from, so an attention that is narrower needs Eckart's loader."""
 
 
+NORMALISED = (
+    "queries and keys are normalised head by head, over all coordinates, and keep their width; factors of the same "
+    "size lose less"
+)
+
+
 @dataclass(frozen=True)
 class UnitFacts:
     """A unit and the module that it belongs to."""
@@ -29,8 +35,8 @@ def module_units(
 ) -> tuple[list[UnitFacts], list[tuple[str, str]]]:
     """The units whose maps are all among ``sites``, and (module, reason) of what stays as it is.
 
-    Queries and keys that are normalised head by head (Qwen3) keep their width: a norm over fewer coordinates
-    is another function.
+    Queries and keys that are normalised head by head (Qwen3) keep their width: a norm over fewer coordinates is
+    another function, and factors of the same size lose less (:mod:`eckart.modules.queries` has the figures).
     """
     by_name = {site.name: site for site in sites}
     found = find_units(model)
@@ -44,7 +50,7 @@ def module_units(
         if attention.query_norm is None and attention.key_norm is None:
             units.append(_queries(attention, by_name))
         else:
-            skipped.append((attention.name, "queries and keys are normalised head by head and keep their width"))
+            skipped.append((attention.name, NORMALISED))
     wanted = [each for each in units if each.unit.kind in kinds]
     order = {site.name: i for i, site in enumerate(sites)}
     return sorted(wanted, key=lambda each: min(order[name] for name in each.unit.sites)), skipped
@@ -69,6 +75,8 @@ def _neurons(mlp: MLP, sites: Mapping[str, Site]) -> UnitFacts:
         full_rank=mlp.width,
         width_parameters=per_width,
         width_indices=0,
+        width_rows=tuple((1, sites[rows.site].in_features) for rows in mlp.inputs),
+        width_columns=((sites[mlp.down].out_features, 1),),
     )
     return UnitFacts(_placed(unit, sites[mlp.down]), mlp)
 
@@ -83,6 +91,8 @@ def _values(attention: Attention, sites: Mapping[str, Site]) -> UnitFacts:
         full_rank=attention.kv_heads * attention.head_dim,
         width_parameters=value.in_features + group * output.out_features,
         width_indices=1 + group,
+        width_rows=((1, value.in_features),),
+        width_columns=((output.out_features, group),),
     )
     return UnitFacts(_placed(unit, output), attention)
 
@@ -98,6 +108,7 @@ def _queries(attention: Attention, sites: Mapping[str, Site]) -> UnitFacts:
         step=2 if attention.rotary else 1,
         width_parameters=group * query.in_features + key.in_features,
         width_indices=1 + group,
+        width_rows=((group, query.in_features), (1, key.in_features)),
     )
     return UnitFacts(_placed(unit, query), attention)
 

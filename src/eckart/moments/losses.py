@@ -55,7 +55,8 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     drawn = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
     step = max(1, CHUNK_NUMBERS // classes)
     for start in range(0, len(logits), step):
-        shares = pad(logits[start : start + step].softmax(-1), (0, -classes % width)).unflatten(-1, (-1, width))
+        shares = pad(logits[start : start + step].softmax(-1), (0, -classes % width))
+        shares = shares.reshape(len(shares), -1, width)
         runs = shares.sum(-1, dtype=precise).cumsum(-1)
         u = uniform[start : start + step].to(logits.device, precise) * runs[:, -1:]
         run = torch.searchsorted(runs, u, right=True).clamp(max=runs.shape[-1] - 1)

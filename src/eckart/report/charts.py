@@ -110,7 +110,9 @@ def _worst(value: Interval, same: float) -> float:
 def _path(errors: Sequence[float]) -> str:
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
     last = max(1, len(errors) - 1)
-    return _relative([(round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)])
+    return _relative(
+        [(round(_LEFT + width * i / last), round(_TOP + height * _height(e))) for i, e in enumerate(errors)]
+    )
 
 
 def _height(error: float) -> float:
@@ -143,12 +145,15 @@ def sparkline(values: Sequence[float], places: Sequence[int], points: int = 24) 
 
 
 def plot(curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, label: str) -> Markup:
-    """Named lines of (x, y) with axes; an axis that spans more than 30 times its smallest value is logarithmic."""
+    """Named lines of (x, y) with axes; an axis that spans more than 30 times its smallest value is logarithmic.
+
+    Nothing is drawn of points that share one x.
+    """
     lines = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in curves.items()}
     everything = [point for line in lines.values() for point in line]
-    if not everything:
+    if len({x for x, _ in everything}) < 2:
         return Markup()
-    left, right, top, bottom = 52, 14, 10, 38
+    left, right, top, bottom = 64, 14, 10, 38
     across, down = Axis.of([p[0] for p in everything]), Axis.of([p[1] for p in everything])
     width, height = 560 - left - right, 260 - top - bottom
     parts = [f'<svg class="plot" viewBox="0 0 560 260" role="img" aria-label="{escape(label)}">']

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -12,7 +13,7 @@ from eckart.records import Finding
 from eckart.report import format as fmt
 from eckart.report.document import document
 from eckart.report.measures import measure_of
-from eckart.report.panels import Curves, drawn_panel
+from eckart.report.panels import Curves, drawn_panel, finding_text
 from eckart.report.terminal import plain_table
 
 if TYPE_CHECKING:
@@ -83,16 +84,15 @@ def _points(level: tuple[Finding, ...]) -> str:
 
 
 def _cell(finding: Finding) -> str:
-    if finding.value is None:
-        return fmt.NONE
-    sign = f"≥{fmt.SPACE}" if finding.at_least else ""
-    width = f" ±{fmt.SPACE}{fmt.figure(finding.uncertainty, 2)}" if finding.uncertainty else ""
-    return f"{sign}{fmt.figure(finding.value)}{width}"
+    return fmt.NONE if finding.value is None else finding_text(replace(finding, n=None, notes=()))
 
 
 def _remarks(curve: DimensionCurve) -> tuple[str, ...]:
     """Notes of the data, then those of the estimators, each once."""
     said = [
-        f"{measure_of(name).label}: {note}" for name, found in curve.curves.items() for f in found[:1] for note in f.notes
+        f"{measure_of(name).label}: {note}"
+        for name, found in curve.curves.items()
+        for f in found[:1]
+        for note in f.notes
     ]
     return tuple(dict.fromkeys((*curve.notes, *said)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ SEVERITIES: dict[Severity, tuple[str, str]] = {
     "good": ("✓", "good"),
 }
 """A sign and a word for each, so that none rests on its colour."""
-MOST_POINTS = 40_000
-"""Points of spectra that a page holds: 178 for each of 224 weights."""
+MOST_POINTS = 32_000
+"""Points of spectra that a page holds: 142 for each of 224 weights."""
 _ENERGY = "rank_95"
 
 
@@ -59,14 +59,14 @@ class WeightRow:
     """Rank at 95 % of the energy over the break-even rank; without ranks, stable rank over full rank."""
     step: int
     noted: Severity | None
-    """The worst that an observation says of it."""
+    """The worst that an observation says of it; None where there is nothing but good."""
     sparkline: Markup
 
 
 def rows(inspection: Inspection) -> tuple[WeightRow, ...]:
     """Every tensor: the measured ones in the order of the model, then the others."""
     worst: dict[str, Severity] = {}
-    for severity in reversed(list(SEVERITIES)):
+    for severity in ("advice", "warning", "broken"):
         for observation in inspection.observations:
             if observation.severity == severity:
                 worst.update(dict.fromkeys(observation.matrices, severity))
@@ -95,8 +95,8 @@ def ratio_words(inspection: Inspection) -> str:
     """What the numbers of the map are."""
     if ranked(inspection):
         return (
-            f"the rank that holds 95{fmt.SPACE}% of the energy over the break-even rank: below 1 two factors are smaller "
-            "than the matrix, from 1 on nothing is gained"
+            f"the rank that holds 95{fmt.SPACE}% of the energy over the break-even rank: below 1 two factors are "
+            "smaller than the matrix, from 1 on nothing is gained"
         )
     return "the stable rank over the full rank: near 0 a few directions hold everything, at 1 all are alike"
 
@@ -127,11 +127,17 @@ def verdict(inspection: Inspection) -> tuple[tuple[str, bool], ...]:
             (fmt.share(factored / dense), True),
             ("). ", False),
         ]
-    broken, warnings = (sum(o.severity == severity for o in inspection.observations) for severity in ("broken", "warning"))
+    broken, warnings = (
+        sum(o.severity == severity for o in inspection.observations) for severity in ("broken", "warning")
+    )
     if broken:
-        pieces += [(f"{_several(broken, 'finding')} {'says' if broken == 1 else 'say'} that something is broken.", True)]
+        pieces += [
+            (f"{_several(broken, 'finding')} {'says' if broken == 1 else 'say'} that something is broken.", True)
+        ]
     elif warnings:
         pieces += [("Nothing looks broken; ", False), (_several(warnings, "warning"), True), (".", False)]
+    elif not measured:
+        pieces += [("Nothing was measured.", True)]
     else:
         pieces += [("Nothing looks broken.", True)]
     return tuple(piece for piece in pieces if piece[0])
@@ -345,4 +351,3 @@ def _steps(values: Sequence[int] | Iterator[int]) -> Iterator[int]:
     for value in values:
         yield value - before
         before = value
-

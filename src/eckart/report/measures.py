@@ -42,9 +42,12 @@ MEASURES: dict[str, Measure] = {
         label="Largest stable learning rate", meaning="2/λmax: above it gradient descent leaves a minimum."
     ),
     "frobenius": Measure(label="Frobenius norm", meaning="Root of the sum of all squared entries."),
-    "spectral_norm": Measure(label="Spectral norm", meaning="Largest singular value σ₁: the most that a unit input grows."),
+    "spectral_norm": Measure(
+        label="Spectral norm", meaning="Largest singular value σ₁: the most that a unit input grows."
+    ),
     "stable_rank": Measure(
-        short="stable", label="Stable rank",
+        short="Stable",
+        label="Stable rank",
         meaning="‖W‖²_F/σ₁²: 1 where one direction holds everything, the smaller side where all are alike.",
     ),
     "effective_rank": Measure(
@@ -60,11 +63,18 @@ MEASURES: dict[str, Measure] = {
     "participation_ratio": Measure(
         label="Participation ratio", meaning="(Σσ²)²/Σσ⁴: how many directions share the energy."
     ),
-    "rank_90": Measure(short="r90", label="Rank at 90\u00a0%", meaning="Fewest directions that hold 90\u00a0% of the energy Σσ².", show=_whole),
-    "rank_95": Measure(short="r95", label="Rank at 95\u00a0%", meaning="Fewest directions that hold 95\u00a0% of the energy Σσ².", show=_whole),
-    "rank_99": Measure(short="r99", label="Rank at 99\u00a0%", meaning="Fewest directions that hold 99\u00a0% of the energy Σσ².", show=_whole),
+    **{
+        f"rank_{share}": Measure(
+            label=f"Rank at {share}{fmt.SPACE}%",
+            meaning=f"Fewest directions that hold {share}{fmt.SPACE}% of the energy Σσ².",
+            show=_whole,
+            short=f"r{share}",
+        )
+        for share in (90, 95, 99)
+    },
     "break_even_rank": Measure(
-        short="break\u2011even", label="Break\u2011even rank",
+        short="Break\u2011even",
+        label="Break\u2011even rank",
         meaning="mn/(m+n): below it two factors take fewer numbers than the matrix, above it more.",
         show=_whole,
     ),
@@ -97,7 +107,8 @@ MEASURES: dict[str, Measure] = {
     ),
     "tail_size": Measure(label="Tail", meaning="Eigenvalues in the best-fitting tail.", show=_whole),
     "distance_from_noise": Measure(
-        short="α\u00a0−\u00a0α₀", label="α\u00a0−\u00a0α\u00a0noise",
+        short="α\u00a0−\u00a0α₀",
+        label="α\u00a0−\u00a0α\u00a0noise",
         meaning="The exponent less that of pure noise of the same shape, α₀. Near 0: cannot be told from noise; below "
         "0: a heavier tail than noise has.",
         show=_signed,
@@ -123,7 +134,8 @@ MEASURES: dict[str, Measure] = {
     ),
     "delta_overlap_left": Measure(
         label="Overlap of outputs",
-        meaning="Share of the change’s output directions that the base’s leading ones hold; unrelated ones share k/out.",
+        meaning="Share of the change’s output directions that the base’s leading ones hold; unrelated ones share "
+        "k/out.",
         show=fmt.share,
     ),
     "delta_overlap_right": Measure(
@@ -151,7 +163,9 @@ def measure_of(name: str) -> Measure:
         return MEASURES[name]
     if name.startswith(_DELTA) and name.removeprefix(_DELTA) in MEASURES:
         known = MEASURES[name.removeprefix(_DELTA)]
-        return Measure(label=f"ΔW: {known.label}", meaning=f"Of the difference to the base. {known.meaning}", show=known.show)
+        return Measure(
+            label=f"ΔW: {known.label}", meaning=f"Of the difference to the base. {known.meaning}", show=known.show
+        )
     plain = name.removeprefix(_DELTA).replace("_", " ")
     plain = f"ΔW: {plain}" if name.startswith(_DELTA) else plain[:1].upper() + plain[1:]
     return Measure(label=plain, meaning="")

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from eckart.records import Finding
 from eckart.report import charts
+from eckart.report import format as fmt
 from eckart.report.measures import measure_of
 
 if TYPE_CHECKING:
@@ -48,5 +49,12 @@ def drawn_panel(title: str, words: str, findings: Sequence[Finding], curves: Cur
 
 
 def finding_text(finding: Finding) -> str:
-    """A finding without its name: value, uncertainty, sample size and notes."""
-    return str(finding).partition(": ")[2]
+    """A finding without its name: value, uncertainty, unit, sample size and notes."""
+    rest = [f"n = {fmt.count(finding.n)}"] if finding.n is not None else []
+    said = "; ".join([*rest, *finding.notes])
+    if finding.value is None:
+        return f"not measured{f' ({said})' if said else ''}"
+    width = f" ±{fmt.SPACE}{fmt.figure(finding.uncertainty, 2)}" if finding.uncertainty else ""
+    unit = f" {finding.unit}" if finding.unit else ""
+    sign = f"≥{fmt.SPACE}" if finding.at_least else ""
+    return f"{sign}{fmt.figure(finding.value)}{width}{unit}{f' ({said})' if said else ''}"

@@ -47,7 +47,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eckart.linalg.noise import noise_cdf, noise_edges, noise_quantiles, noise_spectrum, noise_top
+from eckart.linalg.noise import noise_cdf, noise_edges, noise_median, noise_spectrum, noise_top
 from eckart.records import Claim, Diagnostic, Finding, Paper, SiteKind, Verdict
 from eckart.spectra.values import Spectrum, over_slices, singular_values
 
@@ -105,15 +105,15 @@ def fit_bulk(values: Tensor, s: Spectrum) -> Bulk | str:
         # The i-th of the p − k bulk values stands for the quantile of a whole noise matrix of p values, with the k
         # spikes taken away from the top: a signal of rank k leaves the rest as noise of (m − k) × (n − k).
         bulk = values[spikes:]
-        aspect = max(s.long - spikes, 1) / max(s.short - spikes, 1)
-        median = float(noise_quantiles(torch.tensor([0.5]), aspect)) * max(s.long - spikes, 1)
+        aspect = (s.long - spikes) / (s.short - spikes)
+        median = noise_median(s.short - spikes, s.long - spikes) * (s.long - spikes)
         scale = math.sqrt(float(bulk.square().quantile(0.5)) / median)
         found = int((values > scale * top).sum())
         if found == spikes or found in seen or values.numel() - found < FEWEST or len(seen) > _ROUNDS:
             break
         seen.add(found)
         spikes = found
-    eigenvalues = bulk.square().flip(0) / (scale**2 * max(s.long - spikes, 1))
+    eigenvalues = bulk.square().flip(0) / (scale**2 * (s.long - spikes))
     law = noise_cdf(eigenvalues, aspect)
     steps = torch.arange(bulk.numel() + 1, dtype=torch.float64) / bulk.numel()
     distance = max(float((law - steps[:-1]).max()), float((steps[1:] - law).max()))

@@ -40,7 +40,7 @@ from torch.nn.functional import cosine_similarity, gelu
 from eckart.errors import InputError
 from eckart.evidence import learned_problem
 from eckart.records import Claim, Diagnostic, Finding, Paper, SiteKind, Verdict
-from eckart.spectra.values import as_matrices, blocks, largest_entry
+from eckart.spectra.values import as_matrices, blocks, largest_entry, not_finite
 
 NAMES = ("not_finite", "constant", "dead_rows", "dead_columns", "duplicate_rows", "duplicate_columns")
 """The findings of :func:`defects`."""
@@ -70,12 +70,10 @@ def defects(
     if not 0 <= tolerance < 1:
         raise InputError(f"defects: tolerance is a share in [0, 1); got {tolerance!r}.")
     matrices = as_matrices(W, "defects", kind, groups)
-    low, high = matrices.aminmax()
-    if not bool(low.isfinite() & high.isfinite()):
-        bad = sum(int((~part.isfinite()).sum()) for matrix in matrices for part in blocks(matrix))
-        note = f"{bad} of {W.numel()} entries are NaN or Inf"
+    if flaw := not_finite(matrices):
+        bad = float(flaw.split(" ", 1)[0])
         return {
-            name: Finding(name=name, value=float(bad) if name == "not_finite" else None, n=W.numel(), notes=(note,))
+            name: Finding(name=name, value=bad if name == "not_finite" else None, n=W.numel(), notes=(flaw,))
             for name in NAMES
         }
     places: dict[str, list[tuple[int, int]]] = {name: [] for name in NAMES[2:]}
@@ -89,7 +87,7 @@ def defects(
     units = {"dead_rows": 1, "duplicate_rows": 1, "dead_columns": 2, "duplicate_columns": 2}
     found = {
         "not_finite": Finding(name="not_finite", value=0.0, uncertainty=0.0, n=W.numel()),
-        "constant": Finding(name="constant", value=float(low == high), uncertainty=0.0, n=W.numel()),
+        "constant": Finding(name="constant", value=float(_constant(matrices)), uncertainty=0.0, n=W.numel()),
     }
     for name, where in places.items():
         shown = [list(place) if len(matrices) > 1 else place[1] for place in where[:20]]
@@ -101,6 +99,10 @@ def defects(
             details={"places": shown} if shown else {},
         )
     return found
+
+
+def _constant(matrices: Tensor) -> bool:
+    return all(bool((part == matrices[0, 0, 0]).all()) for matrix in matrices for part in blocks(matrix))
 
 
 def _both_sides(matrix: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

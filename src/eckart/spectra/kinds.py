@@ -65,7 +65,7 @@ def verdict(W: Tensor, *, kind: SiteKind | None = None, groups: int = 1) -> Find
     and fewer than 8 singular values.
     """
     s = singular_values(W, kind=kind, groups=groups)
-    return judge(s, farms(W, kind=kind, groups=groups))
+    return judge(s, farms(W, kind=kind, groups=groups, spectrum=s))
 
 
 def judge(s: Spectrum, windows: Mapping[str, Finding]) -> Finding:
@@ -116,18 +116,19 @@ def _ks_distance(spikes: Tensor) -> float:
 
 
 def planted(word: Word, aspect: int, generator: torch.Generator, side: int = 192) -> Tensor:
-    """(side, aspect · side) noise of entry variance 1/n, alone, with one direction of σ = 4, or with 48 power-law
-    ones.
+    """(side, aspect · side) noise of entry variance 1/n: alone, with one direction of σ = 4, or with a power law of
+    them.
     """
     m, n = side, side * aspect
-    W = torch.randn(m, n, dtype=torch.float64, generator=generator) / math.sqrt(n)
+    W: Tensor = torch.randn(m, n, dtype=torch.float64, generator=generator) / math.sqrt(n)
     count = {"fits noise": 0, "spikes above noise": 1, "heavy tail": m // 4}[word]
     if not count:
         return W
     left, right = (torch.linalg.qr(torch.randn(k, count, dtype=torch.float64, generator=generator)).Q for k in (m, n))
     tail = torch.rand(count, dtype=torch.float64, generator=generator).pow(-1 / 3)
     strengths = 4 * torch.ones(1, dtype=torch.float64) if count == 1 else 2 * tail
-    return W + left * strengths @ right.T
+    W += left * strengths @ right.T
+    return W
 
 
 def _run_claim() -> Verdict:

@@ -8,7 +8,11 @@ whose α cannot be measured get 1; where all α are equal, all get (lo + hi)/2.
 
 *Cost.* That of the exponents: 25 windows a matrix.
 
-*When it does not help.* CLAIM_FIGURES
+*When it does not help.* On the small network of the claim it changes nothing that can be told from chance: mean
+held-out loss 2.2857 nats per byte against 2.2878 at one rate, a gain of 0.002 ± 0.006 (standard error) over four seeds,
+and in three of them a loss. So the claim is reported as failing here. The paper's gains are on deep image networks
+trained for many epochs. Where layers of very different shape and role (head, embeddings) share one map of α, the map
+mostly tells roles apart.
 
 *Departs from the paper in.* Nothing in the map; α comes from windows (FARMS), as in the later paper, instead of whole
 matrices. Their schedule (once per epoch, on top of a cosine) is left to the caller.
@@ -41,8 +45,7 @@ from eckart.spectra.windows import farms
 def learning_rate_factors(
     alphas: Mapping[str, float | Finding], *, low: float = 0.5, high: float = 1.5
 ) -> dict[str, float]:
-    """A factor on the learning rate for every layer, between ``low`` for the heaviest tail and ``high`` for the
-    lightest.
+    """A factor on the learning rate of every layer: ``low`` for the heaviest tail, ``high`` for the lightest.
 
     ``alphas``: by name, ``alpha_farms`` of each layer, a number or the Finding; one without a value gets factor 1.
     Raises InputError unless 0 < low ≤ high.

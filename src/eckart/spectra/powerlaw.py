@@ -34,7 +34,9 @@ tail_size: 399 (n = 399)
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def power_law(W: Tensor | Spectrum, *, kind: SiteKind | None = None, groups: int
     s = singular_values(W, kind=kind, groups=groups)
     if s.flaw:
         return {name: Finding(name=name, value=None, notes=(s.flaw,)) for name in NAMES}
-    noise = _figures(noise_spectrum(s.out_features, s.in_features).square()) if s.short >= 2 * FEWEST_TAIL else None
+    noise = _noise(s.short, s.long) if s.short >= 2 * FEWEST_TAIL else None
     parts = [_one(values, s, noise) for values in s.values]
     return {name: over_slices(name, [part[name] for part in parts]) for name in NAMES}
 
@@ -71,7 +73,12 @@ def _figures(eigenvalues: Tensor) -> dict[str, float]:
     return dict(zip(NAMES, (tail.alpha, tail.distance, float(tail.size)), strict=True))
 
 
-def _one(values: Tensor, s: Spectrum, noise: dict[str, float] | None) -> dict[str, Finding]:
+@functools.lru_cache(maxsize=64)
+def _noise(m: int, n: int) -> Mapping[str, float]:
+    return _figures(noise_spectrum(m, n).square())
+
+
+def _one(values: Tensor, s: Spectrum, noise: Mapping[str, float] | None) -> dict[str, Finding]:
     seen = values[values > s.resolution * values[0]]
     if noise is None or seen.numel() < 2 * FEWEST_TAIL:
         note = f"{seen.numel()} singular values that are not zero; a tail takes {2 * FEWEST_TAIL}"

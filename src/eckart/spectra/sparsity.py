@@ -8,7 +8,11 @@ the whole model.
 
 *Cost.* That of the exponents: 25 windows a matrix.
 
-*When it does not help.* CLAIM_FIGURES
+*When it does not help.* On the learned maps of the claim it does harm: pruned by magnitude to 50, 60 and 70 % zeros,
+the loss rises by 0.210, 0.434 and 1.343 nats per byte with these shares and by 0.123, 0.322 and 0.532 with equal ones;
+the head has the lightest tail and is what can least be spared. The claim is reported as failing here. The paper
+averages α over blocks of a deep language model, where all blocks have the same role. Measure before you trust it;
+``eckart plan`` spreads a budget by measured losses instead.
 
 *Departs from the paper in.* The published code averages α over the layers of a block first and cuts off at 1 without
 giving the excess to the others; here each map stands for itself (average beforehand if you wish) and the total is met

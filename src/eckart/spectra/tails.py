@@ -25,9 +25,7 @@ class Tail:
 
 
 def hill(eigenvalues: Tensor, size: int) -> float:
-    """α = 1 + k / Σ_{i≤k} ln(λ_i/λ_{k+1}) of the ``size`` = k largest of falling positive ``eigenvalues``; Inf for
-    equal ones.
-    """
+    """α = 1 + k/Σ_{i≤k} ln(λ_i/λ_{k+1}), k = ``size``, of falling positive eigenvalues; Inf where all are equal."""
     logs = (eigenvalues[:size] / eigenvalues[size]).log().sum()
     return 1 + size / float(logs) if logs > 0 else float("inf")
 

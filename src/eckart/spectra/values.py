@@ -114,17 +114,17 @@ def singular_values(
 
 def not_finite(W: Tensor) -> str:
     """How many entries are NaN or Inf, in words; empty for none. Takes no memory where all are finite."""
-    low, high = W.aminmax()
-    if bool(low.isfinite() & high.isfinite()):
+    # A sum is NaN or Inf where an entry is (or where it overflows); only then are the entries looked at one by one.
+    if bool(W.sum().isfinite()):
         return ""
     bad = sum(int((~block.isfinite()).sum()) for matrix in W.reshape(-1, *W.shape[-2:]) for block in blocks(matrix))
-    return f"{bad} of {W.numel()} entries are NaN or Inf"
+    return f"{bad} of {W.numel()} entries are NaN or Inf" if bad else ""
 
 
 def largest_entry(matrix: Tensor) -> float:
     """max |w|, 0 for none; the weight is read as it lies in memory."""
     stored = matrix if matrix.stride(0) >= matrix.stride(1) else matrix.T
-    return max((float(part.abs().max()) for part in blocks(stored)), default=0.0)
+    return max((float(torch.linalg.vector_norm(part, math.inf)) for part in blocks(stored)), default=0.0)
 
 
 def blocks(matrix: Tensor) -> Iterator[Tensor]:

@@ -10,23 +10,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from eckart.arch import find_sites
 from eckart.checkpoint.atomic import write_text
-from eckart.errors import FileError, InputError, NotFiniteError, problems, unknown
+from eckart.errors import InputError, NotFiniteError, problems, unknown
 from eckart.hf.models import LoadedModel
-from eckart.inspection import inspect_weights
+from eckart.inspection import WeightsLike, inspect_weights
 from eckart.inspection.record import Inspection, Panel, Tier
 from eckart.records import Progress, as_plain, silent
 from eckart.report import inspection_note, render_inspection
 from eckart.verbs.calibrate import calibrate_sites
 from eckart.verbs.models import Batches, DataLike, ModelLike, as_batches, as_loaded
-from eckart.verbs.panels import activation_panel, change_panel, curvature_panel, dimension_panel, losses_of
+from eckart.verbs.panels import activation_panel, change_panel, curvature_panel, dimension_panel, losses_of, too_large
 
 TIERS: dict[Tier, str] = {
     "quick": "norms, stable rank and tail exponents from windows",
     "standard": "exact spectra: ranks, noise, spikes, tails, defects",
     "full": "with data also the dimension of embeddings and the curvature of the loss",
 }
+
+
+WeightsSource = ModelLike | Mapping[str, Tensor]
+"""What is looked at. To run it on data it must be a model, not a file or a mapping."""
 
 
 class Inspected(Inspection):
@@ -50,11 +56,11 @@ class Inspected(Inspection):
 
 
 def inspect(
-    model: ModelLike,
+    model: WeightsSource,
     data: DataLike | None = None,
     *,
     tier: Tier = "standard",
-    against: ModelLike | None = None,
+    against: WeightsSource | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache: str | os.PathLike[str] | None = None,
@@ -72,9 +78,10 @@ def inspect(
     """Measure every weight of a model: size, ranks, noise, tails, defects; what stands out, and what to do next.
 
     Args:
-        model: a folder, a ``.safetensors`` file (no model class is needed for either), a hub name, or a module.
-        data: texts to run the model on, as for :func:`eckart.calibrate`; gives the rank of the activations by depth and,
-            in the tier ``full``, the dimension of the embeddings or the curvature of the loss.
+        model: a folder, a ``.safetensors`` file (no model class is needed for either), a hub name, a module, or a
+            mapping of names to tensors.
+        data: texts to run the model on, as for :func:`eckart.calibrate`; gives the rank of the activations by depth
+            and, in the tier ``full``, the dimension of the embeddings or the curvature of the loss.
         tier: ``quick``, ``standard`` or ``full``.
         against: a model of the same shape; what changed against it is measured too.
         include: patterns of names of weights; ``exclude`` leaves some out.
@@ -89,19 +96,21 @@ def inspect(
     """
     _check(model, data, tier, samples, batch_size)
     loaded = None
-    if data is not None or not _on_disk(model):
-        loaded = as_loaded(model, tokenizer, dtype=dtype, device=device)
+    if data is not None:
+        loaded = as_loaded(model, tokenizer, dtype=dtype, device=device)  # type: ignore[arg-type]
     elif dtype is not None or device is not None or tokenizer is not None:
         raise InputError("tokenizer, dtype and device say how a model runs on data; without data it only is read.")
     found = inspect_weights(
         _weights_of(model, loaded),
         tier=tier,
-        base=None if against is None else _weights_of(against, None),
+        base=None if against is None else _weights_of(against),
         include=include,
         exclude=exclude,
         cache=cache,
         progress=progress,
     )
+    if isinstance(model, str) and found.source != model and not Path(model).expanduser().exists():
+        found = _named(found, model)
     panels = list(found.panels)
     if against is not None:
         panels += _kept([change_panel(found.matrices, "delta_relative", "‖ΔW‖ / ‖W‖")])
@@ -129,13 +138,14 @@ def inspect(
     return Inspected(**fields | {"panels": tuple(panels), "meta": meta})
 
 
-def _check(model: ModelLike, data: DataLike | None, tier: Tier, samples: int | None, batch_size: int) -> None:
+def _check(model: WeightsSource, data: DataLike | None, tier: Tier, samples: int | None, batch_size: int) -> None:
     """Everything that can be refused before a weight is read, at once."""
     found = []
     if tier not in TIERS:
         found.append(unknown("tier", str(tier), TIERS))
-    if data is not None and _is_file(model):
-        found.append(f"{model} is a file of weights: data can only be run through a model; name its folder")
+    if data is not None and (isinstance(model, Mapping) or (_is_path(model) and Path(str(model)).is_file())):
+        what = "a mapping of tensors" if isinstance(model, Mapping) else str(model)
+        found.append(f"data can only be run through a model, and {what} is none; name its folder")
     if samples is not None and samples < 1:
         found.append(f"samples is at least 1; got {samples}")
     if batch_size < 1:
@@ -144,24 +154,26 @@ def _check(model: ModelLike, data: DataLike | None, tier: Tier, samples: int | N
         raise InputError(problems("inspect", found))
 
 
-def _is_file(model: ModelLike) -> bool:
-    return isinstance(model, (str, os.PathLike)) and (Path(model).is_file() or Path(model).suffix == ".safetensors")
+def _is_path(model: WeightsSource) -> bool:
+    return isinstance(model, (str, os.PathLike))
 
 
-def _on_disk(model: ModelLike) -> bool:
-    """Whether weights can be read from where they lie; a name of the hub is loaded."""
-    if not isinstance(model, (str, os.PathLike)):
-        return False
-    if _is_file(model) and not Path(model).is_file():
-        raise FileError(f"there is no file {model}.")
-    return Path(model).exists()
+def _weights_of(model: WeightsSource, loaded: LoadedModel | None = None) -> WeightsLike:
+    """What :func:`eckart.inspection.inspect_weights` reads: what lies on disk as it lies there, else the module."""
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model).expanduser()
+        if path.exists() or path.suffix == ".safetensors":
+            return path
+        return (loaded or as_loaded(model)).model
+    return model.model if isinstance(model, LoadedModel) else model
 
 
-def _weights_of(model: ModelLike, loaded: LoadedModel | None) -> Any:
-    """What :func:`eckart.inspection.inspect_weights` reads: a path where there is one, else a module."""
-    if isinstance(model, (str, os.PathLike)) and _on_disk(model):
-        return Path(model)
-    return (loaded or as_loaded(model)).model
+def _named(found: Inspection, name: str) -> Inspection:
+    """An inspection of a model that was loaded by its hub name, under that name instead of its class."""
+    commands = tuple(
+        dataclasses.replace(o, command=o.command.replace(f" {found.source} ", f" {name} ")) for o in found.observations
+    )
+    return dataclasses.replace(found, title=name.rpartition("/")[2], source=name, observations=commands)
 
 
 def _data_panels(
@@ -190,7 +202,9 @@ def _data_panels(
     if loaded.task == "embedding":
         panels.append(dimension_panel(loaded, batches))
     losses = losses_of(loaded, batches)
-    if losses:
+    if losses and (reason := too_large(loaded.model)):
+        notes.append(f"curvature: {reason}")
+    elif losses:
         progress("curvature", 0, 1)
         panels.append(curvature_panel(loaded.model, losses, seed))
         progress("curvature", 1, 1)

@@ -8,11 +8,14 @@ from typing import Literal, Protocol
 from eckart.compensation import COMPENSATIONS
 from eckart.compression import METHODS
 from eckart.errors import InputError, unknown
+from eckart.geometry import GEOMETRY
+from eckart.landscape import LANDSCAPE
 from eckart.modules import MODULES
 from eckart.records import Claim, Paper
+from eckart.spectra import SPECTRA
 from eckart.training import TRAINING
 
-MethodKind = Literal["factors", "modules", "repair", "training"]
+MethodKind = Literal["factors", "modules", "repair", "training", "diagnostics"]
 
 
 class Method(Protocol):
@@ -33,9 +36,11 @@ TABLES: Mapping[MethodKind, Mapping[str, Method]] = {
     "modules": MODULES,
     "repair": COMPENSATIONS,
     "training": TRAINING,
+    "diagnostics": {**SPECTRA, **LANDSCAPE, **GEOMETRY},
 }
 """``factors`` and ``modules`` for ``compress --method``, ``repair`` for ``compensate --method``, ``training`` for
-classes and functions of :mod:`eckart.training`."""
+classes and functions of :mod:`eckart.training`, ``diagnostics`` for functions of :mod:`eckart.spectra`,
+:mod:`eckart.landscape` and :mod:`eckart.geometry`."""
 
 
 def methods(kind: MethodKind | None = None) -> tuple[Method, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ CURVATURE_ROWS = 8
 """Rows of data that the curvature is measured on."""
 CURVATURE_STEPS = 24
 """Steps of Lanczos from each probe; the largest eigenvalue of a trained model needs about as many."""
-CURVATURE_PROBES = 2
+CURVATURE_PROBES = 4
+CURVATURE_BYTES = 4 << 30
+"""Memory that the vectors of Lanczos may take: models of up to 44 M parameters."""
 DENSITY_POINTS = 120
 
 
@@ -94,10 +97,19 @@ def losses_of(loaded: LoadedModel, batches: Sequence[Batch]) -> list[ModelLoss]:
         kept = {name: value[: CURVATURE_ROWS - rows] for name, value in batch.items()}
         rows += min(len(first), CURVATURE_ROWS - rows)
         if "labels" in kept:
-            losses.append(lambda model, kept=kept: model(**kept).loss)
+            losses.append(partial(_own_loss, batch=kept))
         elif loaded.task == "causal-lm" and "input_ids" in kept:
-            losses.append(lambda model, kept=kept: _next_token(model, kept))
+            losses.append(partial(_next_token, batch=kept))
     return losses
+
+
+def too_large(model: nn.Module) -> str:
+    """Why the curvature is not measured, or an empty text: Lanczos keeps CURVATURE_STEPS vectors of all parameters."""
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    needed = size * CURVATURE_STEPS * 4
+    if needed <= CURVATURE_BYTES:
+        return ""
+    return f"Lanczos would take {needed / 2**30:.1f} GiB for {size:,} parameters, more than {CURVATURE_BYTES >> 30} GiB"
 
 
 def curvature_panel(model: nn.Module, losses: Sequence[ModelLoss], seed: int = 0) -> Panel:
@@ -113,7 +125,7 @@ def curvature_panel(model: nn.Module, losses: Sequence[ModelLoss], seed: int = 0
     # The density as the share of eigenvalues beyond each size: nearly all of them lie at zero.
     nodes = torch.cat([run.nodes for run in found.runs])
     reach = float(nodes.abs().max()) or 1.0
-    points = torch.logspace(-6, 0, DENSITY_POINTS, dtype=torch.float64) * reach
+    points = torch.logspace(-4, 0, DENSITY_POINTS, dtype=torch.float64) * reach
     above = 1 - found.cumulative(points)
     below = found.cumulative(-points)
     curves = {"positive": _line(points, above), "negative": _line(points, below)}
@@ -152,7 +164,13 @@ def _line(points: Tensor, shares: Tensor) -> tuple[tuple[float, float], ...]:
     return tuple((x, y) for x, y in zip(points.tolist(), shares.tolist(), strict=True) if y > 1e-12)
 
 
-def _next_token(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def _own_loss(model: nn.Module, *, batch: Mapping[str, Any]) -> Tensor:
+    """What the model itself makes of the labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _next_token(model: nn.Module, *, batch: Mapping[str, Any]) -> Tensor:
     """Mean cross-entropy of the next token, padding left out."""
     logits = model(**batch).logits[:, :-1]
     targets = batch["input_ids"][:, 1:]

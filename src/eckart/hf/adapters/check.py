@@ -50,7 +50,7 @@ def compare(saved: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
         off = kept - found
         base[name] = math.sqrt(float(off[:PROBES].square().mean())) / norm
         scale = float(kept[PROBES + 1 :].square().mean()) ** 0.5
-        adapter[name] = math.sqrt(float(off[PROBES + 1 :].square().mean())) / scale if scale else 0.0
+        adapter[name] = math.sqrt(float(off[PROBES + 1 :].square().mean())) / max(scale, 1e-6 * norm)
     _warn(base, TOLERANCE, "this adapter was trained on another base model", "their weights are off")
     _warn(adapter, 1e-3, "this adapter is not the one that was saved", "its change of the weight is off")
 

@@ -25,7 +25,7 @@ AfterSaving = Callable[["AdapterConfig", nn.Module, str], None]
 
 
 @dataclass
-class AdapterConfig(PeftConfig):
+class AdapterConfig(PeftConfig):  # type: ignore[misc]
     """Which adapter, on which layers, at which rank. Give it to ``peft.get_peft_model``.
 
     >>> AdapterConfig(method="pissa", r=16, target_modules="all-linear").method
@@ -40,7 +40,7 @@ class AdapterConfig(PeftConfig):
     r: int | None = None
     """Rank of every layer; with a ``budget`` the most that one may get (default 64); None lets the method choose."""
     target_modules: str | list[str] | None = "all-linear"
-    """Names, ends of names, a regular expression, or ``all-linear`` (all but the output head), as everywhere in PEFT."""
+    """Names, ends of names, a regular expression, or ``all-linear`` (all but the output head), as in all of PEFT."""
     exclude_modules: str | list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the method, by name or as its ``Options``."""
@@ -124,7 +124,7 @@ class AdapterConfig(PeftConfig):
         return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``, and beside it the plain-LoRA copy where an adapter of a live model is saved."""
+        """Write ``adapter_config.json``, and beside it the plain-LoRA copy where a live model is saved."""
         fresh, self.saved = self.saved, True
         try:
             super().save_pretrained(save_directory, **kwargs)

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from eckart.checkpoint import atomic_folder
 from eckart.errors import EckartError, problems
+from eckart.hf.adapter_files import CONFIG, WEIGHTS
 from eckart.hf.adapters.layers import AdapterLayer
-from eckart.hf.lora import CONFIG, WEIGHTS
 
 FOLDER = "lora"
 """Beside the files of an adapter: the same adapter as plain LoRA."""
@@ -67,12 +67,12 @@ def lora_factors(model: nn.Module, adapter: str) -> tuple[dict[str, LoraFactors]
     for name, module in model.named_modules():
         if not isinstance(module, AdapterLayer) or adapter not in module.eckart_delta:
             continue
-        base, delta = module.get_base_layer(), module.eckart_delta[adapter]
+        base, delta = module.get_base_layer(), module.delta(adapter)
         if any(p.is_meta or hasattr(p, "full_tensor") for p in delta.parameters()):
             wrong.append(f"{name}: its numbers are spread over processes")
             continue
         with torch.no_grad():
-            factors = delta.factors() if delta.linear else None  # type: ignore[operator]
+            factors = delta.factors() if delta.linear else None
         if factors is None:
             wrong.append(f"{name}: the method has no exact factors of low rank")
         elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -57,12 +58,11 @@ def kind_of(module: nn.Module) -> SiteKind:
     return "conv1d" if isinstance(module, Conv1D) else "linear"
 
 
-def layout_of(name: str, module: nn.Module) -> Layout:
+def layout_of(name: str, module: Any) -> Layout:
     """Sizes of a module that is not :func:`refused`, without looking at its numbers."""
     kind = kind_of(module)
     if kind == "conv":
-        groups, weight = int(module.groups), module.weight  # type: ignore[arg-type]
-        shape = tuple(weight.shape)  # type: ignore[union-attr, arg-type]
+        groups, shape = int(module.groups), tuple(module.weight.shape)
         inner = torch.Size(shape[1:]).numel()
         return Layout(
             name=name,
@@ -73,12 +73,12 @@ def layout_of(name: str, module: nn.Module) -> Layout:
             kernel=shape[2:],
         )
     if kind == "embedding":
-        rows, width = int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
+        rows, width = int(module.num_embeddings), int(module.embedding_dim)
         return Layout(name=name, kind=kind, out_features=width, in_features=rows)
     if kind == "conv1d":
-        rows, width = module.weight.shape  # type: ignore[union-attr, misc]
+        rows, width = module.weight.shape
         return Layout(name=name, kind=kind, out_features=int(width), in_features=int(rows))
-    m, n = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    m, n = int(module.out_features), int(module.in_features)
     return Layout(name=name, kind=kind, out_features=m, in_features=n)
 
 
@@ -90,6 +90,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     adapter_layer_names = ("eckart_delta",)
     other_param_names = ("eckart_dropout",)
+    eckart_delta: nn.ModuleDict
+    # What BaseTunerLayer brings, said for type checkers, which would look for children of the module.
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
+    set_adapter: Callable[..., None]
+    merged: bool
+    disable_adapters: bool
+    active_adapters: list[str]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    _active_adapter: str | list[str]
+    _get_embed_scale: Callable[[], Tensor | None]
+    _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
@@ -115,7 +128,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """PEFT would cast to the dtype of the base layer too; adapters stay in float32."""
         if adapter_name not in self.eckart_delta:
             return
-        delta = self.eckart_delta[adapter_name]
+        delta = self.delta(adapter_name)
         target = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
         meta = torch.device("meta")
         if target not in (None, meta) and not any(p.device == meta for p in delta.parameters()):
@@ -125,20 +138,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """The base weight (slices, out, in) as it acts, dequantised. Raises InputError where it cannot be had."""
         return dense_weight(self.get_base_layer(), self.quantization_backend)
 
+    def delta(self, adapter_name: str) -> Delta:
+        """The adapter of that name."""
+        return cast(Delta, self.eckart_delta[adapter_name])
+
     def active_deltas(self) -> list[tuple[str, Delta]]:
-        found = [(name, self.eckart_delta[name]) for name in self.active_adapters if name in self.eckart_delta]
+        """Names and deltas that act now. Raises EckartError for one whose numbers never came."""
+        found = [(name, self.delta(name)) for name in self.active_adapters if name in self.eckart_delta]
         for name, delta in found:
-            if not delta.started and not self._arrived(delta):  # type: ignore[arg-type]
+            if not delta.started and not self._arrived(name, delta):
                 raise EckartError(
                     f"the adapter {name!r} was made for the numbers of a file, and none were loaded. Load them with "
                     "PeftModel.from_pretrained, or set config.saved = False for a fresh start."
                 )
-        return found  # type: ignore[return-value]
+        return found
 
     @torch.no_grad()
     def record(self, adapter_name: str) -> Tensor | None:
         """What :func:`eckart.hf.adapters.check.record` says, or None where the numbers are not all here."""
-        delta: Any = self.eckart_delta[adapter_name]
+        delta = self.delta(adapter_name)
         tensors = [*delta.parameters(), *self.get_base_layer().parameters()]
         if self.merged or any(t.is_meta or hasattr(t, "full_tensor") for t in tensors):
             return None
@@ -148,13 +166,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return None
         return record(weight, delta.delta() if delta.linear else None)
 
-    def _arrived(self, delta: Delta) -> bool:
+    def _arrived(self, name: str, delta: Delta) -> bool:
         """Whether numbers came without PEFT's own loading, which checks them: transformers puts them in place."""
         kept: Tensor = getattr(delta, CHECK)
         if kept.is_meta or kept.isnan().any():
             return False
         delta.started = True
-        name = next(name for name, own in self.eckart_delta.items() if own is delta)
+        # See the tuner: numbers in a mapped file lie at any address.
+        delta._apply(torch.clone)  # type: ignore[no-untyped-call]
         if (now := self.record(name)) is not None:
             compare({delta.layout.name: kept}, {delta.layout.name: now})
         return True
@@ -183,12 +202,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW in the shape of the layer's weight, float32."""
-        layout = self.eckart_delta[adapter].layout
-        matrices = self.eckart_delta[adapter].delta()  # type: ignore[operator]
-        return fold(matrices, layout.kind, _shape(layout))  # type: ignore[arg-type, union-attr]
+        delta = self.delta(adapter)
+        return fold(delta.delta(), delta.layout.kind, _shape(delta.layout))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return all(delta.linear for delta in self.eckart_delta.values())
+        return all(self.delta(name).linear for name in self.eckart_delta)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -237,7 +255,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             return f"{self.quantization_backend.backend_name} layers cannot be merged into; keep the adapter beside it."
         for name in names:
-            if not self.eckart_delta[name].linear:
+            if not self.delta(name).linear:
                 return f"the adapter {name!r} is not linear in its input, so it cannot be merged into a weight."
         return None
 

@@ -1,9 +1,9 @@
 """PEFT's side of the adapters: the tuner, its registration, what it saves and what it checks when it loads.
 
-Note [A tuner from outside]. PEFT knows tuners by an enum without further members, and refuses to register a name that is
-not among them. So the member ECKART is added to the enum in place, as the class itself would make it. It happens as
-soon as both PEFT and Eckart have been imported, in either order (:mod:`eckart.hooks`). A process without Eckart fails on
-such an adapter with ``KeyError: 'ECKART'``; it loads the plain-LoRA copy beside it.
+Note [A tuner from outside]. PEFT knows tuners by an enum without further members, and refuses to register a name that
+is not among them. So the member ECKART is added to the enum in place, as the class itself would make it. It happens as
+soon as both PEFT and Eckart have been imported, in either order (:mod:`eckart.hooks`). A process without Eckart fails
+on such an adapter with ``KeyError: 'ECKART'``; it loads the plain-LoRA copy beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from eckart.adaptation import CAP, Layout, Source, adapt_options, gains, get_adaptation, limit, spread_ranks
 from eckart.errors import EckartError, EckartWarning, InputError, NotFiniteError, problems
+from eckart.hf.adapter_files import WEIGHTS
 from eckart.hf.adapters.check import CHECK, compare
 from eckart.hf.adapters.config import PEFT_TYPE, AdapterConfig
 from eckart.hf.adapters.export import FOLDER, other_tensors, write_lora_copy
 from eckart.hf.adapters.layers import LAYERS, AdapterLayer, dense_weight, kind_of, layout_of, refused
-from eckart.hf.lora import WEIGHTS
+from eckart.layers.linear import ReplacedLinear
 from eckart.linalg import leading_svd
 from eckart.moments import SiteMoments
 from eckart.records import Budget
@@ -38,11 +39,11 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
 
     prefix = "eckart_"
     tuner_layer_cls = AdapterLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
         """Check every target and settle every rank before anything is changed."""
-        _maybe_include_all_linear_layers(peft_config, model)
+        _all_linear(peft_config, model)
         self._quantization = get_quantization_kwargs(model)
         targets = dict(self._targets(peft_config, model))
         faults = [f"{name}: {why}" for name, base in targets.items() if (why := refused(base, self._quantised(base)))]
@@ -148,14 +149,18 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
             delta.start(self._source(peft_config, layout, base))
             delta.started = True
         if not isinstance(target, AdapterLayer):
-            layer = LAYERS[kind_of(base)](target, **self._quantization)
+            layer: AdapterLayer = LAYERS[kind_of(base)](target, **self._quantization)
             layer._active_adapter = adapter_name
-            self._replace_module(parent, target_name, layer, target)
+            self._replace_module(parent, target_name, layer.train(target.training), target)
         else:
             layer = target
         layer.update_layer(adapter_name, delta, peft_config.dropout, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             delta.requires_grad_(False)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's also writes the weight over itself, which layers with a computed weight do not allow."""
+        setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -189,16 +194,29 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
             _tie(loaded, adapter_name, config)
             kept, now = {}, {}
             for _name, layer in adapter_layers(loaded, adapter_name):
-                delta: Any = layer.eckart_delta[adapter_name]
+                delta = layer.delta(adapter_name)
+                # A tensor assigned from a mapped file lies at any address, and products over it round otherwise.
+                delta._apply(torch.clone)  # type: ignore[no-untyped-call]
                 if (found := layer.record(adapter_name)) is not None:
                     kept[delta.layout.name], now[delta.layout.name] = getattr(delta, CHECK), found
             compare(kept, now)
 
-        handle = model.register_load_state_dict_post_hook(after)
+        handle = model.register_load_state_dict_post_hook(after)  # type: ignore[no-untyped-call]
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
         return remapped
+
+
+def _all_linear(config: AdapterConfig, model: Any) -> None:
+    """Turn ``all-linear`` into names, Eckart's own linear layers among them instead of the factors inside of them."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    _maybe_include_all_linear_layers(config, model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    own = {name: module for name, module in model.named_modules() if isinstance(module, ReplacedLinear)}
+    plain = {name for name in config.target_modules if not any(name.startswith(f"{outer}.") for outer in own)}
+    config.target_modules = sorted(plain | {name for name, module in own.items() if module is not head})
 
 
 def _asked(config: AdapterConfig, name: str) -> int | None:
@@ -218,7 +236,7 @@ def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tup
 def _tie(model: nn.Module, adapter: str, config: AdapterConfig) -> None:
     method = get_adaptation(config.method)
     if method.tie is not None:
-        method.tie([layer.eckart_delta[adapter] for _, layer in adapter_layers(model, adapter)])  # type: ignore[misc]
+        method.tie([layer.delta(adapter) for _, layer in adapter_layers(model, adapter)])
 
 
 def _after_saving(config: AdapterConfig, model: nn.Module, directory: str) -> None:
@@ -245,9 +263,10 @@ def penalty(model: nn.Module) -> Tensor:
     for _, layer in adapter_layers(model):
         if not layer.disable_adapters:
             found += [p for _, delta in layer.active_deltas() if (p := delta.penalty()) is not None]
-    return torch.stack(found).sum() if found else torch.zeros(())
+    return torch.stack([p.to(found[0].device) for p in found]).sum() if found else torch.zeros(())
 
 
+@torch.no_grad()
 def after_step(model: nn.Module, step: int) -> None:
     """Call after every step of the optimiser, counted from 1, for methods that act then (retractions, new masks)."""
     for _, layer in adapter_layers(model):
