@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eckart.checkpoint import SpectralCache, read_header
+from eckart.checkpoint import read_header
+from eckart.checkpoint.spectral_cache import SpectralCache
 from eckart.errors import FileError, InputError
 
 

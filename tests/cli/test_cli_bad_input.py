@@ -188,7 +188,10 @@ def test_python_dash_m(place):
     assert ran.stdout.startswith("eckart ")
 
 
-COMMANDS = (*("calibrate", "plan", "compress", "evaluate", "export", "methods", "claims", "doctor", "demo", "schema"),)
+COMMANDS = (
+    *("calibrate", "plan", "compress", "compensate", "evaluate", "export", "methods", "claims", "doctor", "demo", "schema"),
+    *("inspect", "dimension"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

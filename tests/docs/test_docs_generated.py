@@ -12,7 +12,7 @@ import pytest
 import eckart
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("factors", "modules", "repair", "training")
+KINDS = ("factors", "modules", "repair", "training", "diagnostics")
 METHODS = [(kind, method) for kind in KINDS for method in eckart.methods(kind)]
 
 

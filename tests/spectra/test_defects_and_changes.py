@@ -138,7 +138,9 @@ def test_pruning_ratios_meet_the_total(sparsity: float) -> None:
     assert total == pytest.approx(sparsity * sum(sizes.values()), rel=1e-6)
     assert all(0 <= ratio <= 0.99 for ratio in ratios.values())
     assert ratios["a"] <= ratios["b"] <= ratios["c"]
-    assert pruning_ratios(alphas, sizes, sparsity=sparsity, spread=0.0) == pytest.approx(dict.fromkeys(alphas, sparsity))
+    assert pruning_ratios(alphas, sizes, sparsity=sparsity, spread=0.0) == pytest.approx(
+        dict.fromkeys(alphas, sparsity)
+    )
 
 
 def test_pruning_ratios_say_all_that_is_wrong() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -84,7 +85,7 @@ def test_ranks_keep_their_order(values: list[float]) -> None:
     found = spectrum(torch.diag(torch.tensor(values, dtype=torch.float64)))
     names = ("stable_rank", "participation_ratio", "effective_rank_energy", "effective_rank", "numerical_rank")
     figures = [float(found[name]) for name in names]
-    assert all(a <= b * (1 + 1e-9) for a, b in zip(figures, figures[1:], strict=False))
+    assert all(a <= b * (1 + 1e-9) for a, b in itertools.pairwise(figures))
     assert figures[0] >= 1 - 1e-9
     assert float(found["rank_90"]) <= float(found["rank_95"]) <= float(found["rank_99"]) <= len(values)
 

@@ -25,7 +25,7 @@ def noise(m: int, n: int, generator: torch.Generator, scale: float = 1.0) -> Ten
 
 @every_aspect
 def test_noise_is_at_no_distance_from_noise(aspect: int) -> None:
-    """Within the stated 95 % interval in at least 17 of 20 draws (fewer in 1 of 60 tests), without more bias than stated."""
+    """Within the stated 95 % interval in at least 17 of 20 draws (fewer in 1 of 60 tests), no more bias than stated."""
     generator = torch.Generator().manual_seed(0)
     found = [farms(noise(64, 64 * aspect, generator))["distance_from_noise"] for _ in range(20)]
     inside = [abs(float(f)) <= (f.uncertainty or 0) for f in found]

@@ -5,13 +5,11 @@ from eckart.checkpoint.claims import claim_output, written
 from eckart.checkpoint.folder import FolderState, inspect_folder
 from eckart.checkpoint.header import TensorInfo, read_header
 from eckart.checkpoint.manifest import MANIFEST, Manifest
-from eckart.checkpoint.spectral_cache import SpectralCache
 
 __all__ = [
     "MANIFEST",
     "FolderState",
     "Manifest",
-    "SpectralCache",
     "TensorInfo",
     "atomic_folder",
     "check_output",

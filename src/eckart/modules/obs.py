@@ -60,7 +60,10 @@ def check_parts(method: str, parts: object) -> None:
     if parts is None:
         return
     if not isinstance(parts, (list, tuple)) or not parts:
-        raise InputError(f"method {method!r}: the option parts lists some of {', '.join(ALL_KINDS)}; got {parts!r}.")
+        raise InputError(
+            f"method {method!r}: the option parts lists some of {', '.join(ALL_KINDS)}, as in "
+            f'["neurons", "values"]; got {parts!r}.'
+        )
     for part in parts:
         if part not in ALL_KINDS:
             raise InputError(unknown(f"part for method {method!r}", str(part), ALL_KINDS))

@@ -208,17 +208,26 @@ class Moments:
 
 
 def warn_about(moments: Moments) -> None:
-    """EckartWarnings for inputs seen on fewer tokens than they have features, sites without tokens or mask."""
+    """EckartWarnings for inputs seen on fewer tokens than they have features, experts and sites without tokens or mask."""
+    counts = {key: sums.count.sum(0) for key, sums in moments.inputs.items() if sums.second is not None}
+    unseen = {key: (count == 0).nonzero().flatten().tolist() for key, count in counts.items() if len(count) > 1}
     few = [
-        (key, int(sums.count.sum(0).min()), sums.total.shape[-1])
-        for key, sums in moments.inputs.items()
-        if sums.second is not None and int(sums.count.sum(0).min()) < sums.total.shape[-1]
+        (key, int(count[count > 0].min()), moments.inputs[key].total.shape[-1])
+        for key, count in counts.items()
+        if bool((count > 0).any()) and int(count[count > 0].min()) < moments.inputs[key].total.shape[-1]
     ]
     if few:
         key, count, width = min(few, key=lambda found: found[1] / found[2])
         _warn(
             f"{len(few)} inputs were seen on fewer tokens than they have features (as {key}: {count} of {width}). "
             "Their moments are singular and fit this data too well; calibrate on more."
+        )
+    if lost := {key: experts for key, experts in unseen.items() if experts}:
+        key = max(lost, key=lambda name: len(lost[name]))
+        shown = ", ".join(map(str, lost[key][:8])) + (", …" if len(lost[key]) > 8 else "")
+        _warn(
+            f"no token reached {sum(map(len, lost.values()))} of the experts' matrices (as {key}: {shown}). They have the "
+            "mean moments of the others; calibrate on more, or more varied, text."
         )
     if unreached := moments.meta.get("unreached"):
         _warn(f"no token reached {len(unreached)} sites, as {unreached[0]}; they have no moments.")

@@ -14,7 +14,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from eckart.adaptation import ADAPTATIONS, SPREADS, Spread, adapt_options, get_adaptation
-from eckart.checkpoint import SpectralCache
+from eckart.checkpoint.spectral_cache import SpectralCache
 from eckart.errors import InputError, problems, unknown
 from eckart.moments import Moments
 from eckart.records import Budget, Progress, silent
