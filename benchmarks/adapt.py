@@ -6,9 +6,10 @@ The question of each example: from which of ten packages is this docstring? Name
 docstrings are either trained or tested on. MiniLM-L6 with the activations before its last two layers computed once;
 those two layers (12 linear maps) are adapted, and a head of ten classes is trained beside the adapter, always at the
 same learning rate. Every example is trained on once, so that the training loss of the last 20 batches is a loss on
-unseen examples: by it each method takes the best of four learning rates, seed by seed. Then the test loss of that
-one. Seeds set the order of the examples, the head and the adapter's start; they are the same for all methods, so that
-losses are compared in pairs: by document and seed. Intervals are 95 %, from a bootstrap over documents and seeds.
+unseen examples: by it each method takes the best of four learning rates, seed by seed, and of the next ones beyond as
+long as the best is the first or the last (at most three more). Then the test loss of that one. Seeds set the order of
+the examples, the head and the adapter's start; they are the same for all methods, so that losses are compared in pairs:
+by document and seed. Intervals are 95 %, from a bootstrap over documents and seeds.
 
 Ranks are uniform, the highest with at most 1 % more parameters than LoRA of rank 4, where a method has that many.
 LoRA has two rows, and the better of the two is what the others must beat: α = r, and α = 4 r.
@@ -26,6 +27,7 @@ import gc
 import importlib.util
 import inspect
 import json
+import math
 import platform
 import random
 import re
@@ -60,16 +62,15 @@ PACKAGES = (
     *("torch", "transformers", "numpy", "scipy", "sklearn"),
     *("sympy", "pandas", "networkx", "huggingface_hub", "pydantic"),
 )
-TRAIN, TEST = 288, 210
+TRAIN, TEST = 192, 210
 """Documents of each package."""
-LENGTH, BATCH, STEPS = 28, 16, 180
+LENGTH, BATCH, STEPS = 24, 16, 120
 """Tokens of a document at most; documents per step; steps, which use up the training documents once."""
 LAYERS = 2
 HEAD_RATE = 1e-2
 LAST = 20
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-OWN_RATES: Mapping[str, tuple[float, ...]] = {}
-"""Of methods whose numbers are on another scale. Centred on a seed that is not among those of the results."""
+RATES, MORE = (1e-3, 3e-3, 1e-2, 3e-2), 3
+LADDER = tuple(float(f"{digit}e{power}") for power in range(-6, 1) for digit in (1, 3))
 MAPS = r"layers\.\d+\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
 RESULTS = Path(__file__).parent / "results" / "adapt.json"
 
@@ -297,7 +298,7 @@ def train_once(model: nn.Module, head: nn.Module, data: Data, rate: float, head_
     losses = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * min(1.0, (step + 1) / 18) * (1 - step / STEPS)
+            group["lr"] = group["rate"] * min(1.0, (step + 1) / 12) * (1 - step / STEPS)
         batch, label = data.batch(order[step * BATCH : (step + 1) * BATCH])
         loss = cross_entropy(model(**batch), label)
         losses.append(float(loss.detach()))
@@ -329,35 +330,34 @@ def run(name: str, seed: int, work: Path) -> dict[str, Any]:
     train, test = activations(work)
     model, inner, init = build(variant, seed, work)
     start = {key: value.clone() for key, value in model.state_dict().items()}
-    rates = rates_of(name)
     best: tuple[float, dict[str, Tensor]] | None = None
-    tried, milliseconds = {}, []
-    for rate in rates:
+    tried: dict[float, float | None] = {}
+    milliseconds = []
+    while (rate := next_rate(rates_of(name), tried)) is not None:
         model.load_state_dict(start)
         before = time.process_time()
-        head_rate = rate if name == "head only" else HEAD_RATE
-        losses = train_once(model, inner.head, train, rate, head_rate, seed)
+        losses = train_once(model, inner.head, train, rate, rate if name == "head only" else HEAD_RATE, seed)
         milliseconds.append(1000 * (time.process_time() - before) / len(losses))
-        whole = len(losses) == STEPS and all(map(torch.isfinite, map(torch.tensor, losses)))
-        tried[f"{rate:g}"] = statistics.fmean(losses[-LAST:]) if whole else None
-        if whole and (best is None or tried[f"{rate:g}"] < best[0]):
-            best = (tried[f"{rate:g}"], {k: v.clone() for k, v in model.state_dict().items()})
+        whole = len(losses) == STEPS and all(map(math.isfinite, losses))
+        tried[rate] = found = statistics.fmean(losses[-LAST:]) if whole else None
+        if found is not None and (best is None or found < best[0]):
+            best = (found, {k: v.clone() for k, v in model.state_dict().items()})
     if best is None:
-        raise SystemExit(f"{name}: the loss was never finite at {rates}")
+        raise SystemExit(f"{name}: the loss was never finite at {sorted(tried)}")
     model.load_state_dict(best[1])
     losses, accuracy = test_losses(model, test)
     save_file({"losses": losses}, work / f"{_file(name)}-{seed}.safetensors")
     head = {id(p) for p in inner.head.parameters()}
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad and id(p) not in head}
-    chosen = min((r for r in rates if tried[f"{r:g}"] is not None), key=lambda r: tried[f"{r:g}"])
+    chosen = best_rate(tried)
     ranks = sorted({delta.rank for _, layer in adapter_layers(model) for delta in layer.eckart_delta.values()})
     return {
         "test_loss": float(losses.double().mean()),
         "accuracy": accuracy,
         "train_loss": best[0],
         "rate": chosen,
-        "rate_at_edge": chosen in (rates[0], rates[-1]),
-        "train_loss_by_rate": tried,
+        "rate_at_edge": chosen in (min(tried), max(tried)),
+        "train_loss_by_rate": {f"{rate:g}": tried[rate] for rate in sorted(tried)},
         "parameters": sum(trained.values()),
         "ranks": ranks if len(ranks) < 5 else [ranks[0], ranks[-1]],
         "bytes": shipped(model) if variant.method is not None else 4 * sum(trained.values()),
@@ -367,11 +367,27 @@ def run(name: str, seed: int, work: Path) -> dict[str, Any]:
 
 
 def rates_of(name: str) -> tuple[float, ...]:
+    """The four that are always tried."""
     if name == "head only":
         return (3e-3, 1e-2, 3e-2, 1e-1)
-    if name == "all weights":
-        return (1e-4, 3e-4, 1e-3, 3e-3)
-    return OWN_RATES.get(str(VARIANTS[name].method), RATES)
+    return (1e-4, 3e-4, 1e-3, 3e-3) if name == "all weights" else RATES
+
+
+def best_rate(tried: Mapping[float, float | None]) -> float:
+    return min(tried, key=lambda rate: math.inf if (loss := tried[rate]) is None else loss)
+
+
+def next_rate(first: Sequence[float], tried: Mapping[float, float | None]) -> float | None:
+    """The next rate to try; None where the best one lies between others, or enough were tried."""
+    for rate in first:
+        if rate not in tried:
+            return rate
+    known = sorted(tried)
+    step = {known[0]: -1, known[-1]: 1}.get(best_rate(tried))
+    if step is None or len(tried) >= len(first) + MORE:
+        return None
+    place = LADDER.index(best_rate(tried)) + step
+    return LADDER[place] if 0 <= place < len(LADDER) else None
 
 
 def shipped(model: Any) -> int:
@@ -443,7 +459,8 @@ def verdicts(result: Mapping[str, Any]) -> Iterator[str]:
     better = [name for name, row in rows.items() if row["against_lora"]["high"] < 0]
     worse = [name for name, row in rows.items() if row["against_lora"]["low"] > 0]
     even = [name for name in rows if name not in better and name not in worse]
-    yield f"{'holds' if better else 'DOES NOT HOLD'}: a method beats tuned LoRA outside of the interval: {better or 'none'}"
+    held = "holds" if better else "DOES NOT HOLD"
+    yield f"{held}: a method beats tuned LoRA outside of the interval: {better or 'none'}"
     yield f"not told apart from tuned LoRA: {even or 'none'}"
     yield f"worse than tuned LoRA outside of the interval: {worse or 'none'}"
 
@@ -464,7 +481,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "packages": list(PACKAGES),
         "train_documents": TRAIN * len(PACKAGES),
         "test_documents": TEST * len(PACKAGES),
-        **{"tokens": LENGTH, "batch": BATCH, "steps": STEPS, "head_rate": HEAD_RATE, "allowed_parameters": ALLOWED},
+        "tokens": LENGTH,
+        "batch": BATCH,
+        "steps": STEPS,
+        "head_rate": HEAD_RATE,
+        "allowed_parameters": ALLOWED,
     }
     if kept["runs"] and kept["settings"] != settings:
         raise SystemExit(f"{RESULTS} holds results of other settings; move it away first")

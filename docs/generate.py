@@ -78,6 +78,11 @@ KINDS: dict[MethodKind, tuple[str, str]] = {
         "Repair",
         "A low-rank correction of what quantisation, pruning or compression lost. `eckart compensate --method NAME`.",
     ),
+    "adapters": (
+        "Fine-tuning with few parameters",
+        "A change of a weight with few numbers to train, zero at the start; the base stays as it is. In PEFT as "
+        "`eckart.AdapterConfig(method=NAME)`, or `eckart adapt --method NAME`.",
+    ),
     "training": (
         "While training",
         "Engines and layers of `eckart.training`, for any PyTorch loop; the engines for ranks also for the Trainer "
@@ -101,6 +106,13 @@ def methods_table(kind: MethodKind, methods: Sequence[Any]) -> str:
         for method in methods:
             entry = method.entry.__name__ if kind == "training" else called(method)
             lines.append(table_row((f"`{method.name}`", f"`{entry}`", method.summary, source(method, short=True))))
+        return "\n".join(lines)
+    if kind == "adapters":
+        lines = ["| method | what it does | needs | exactly a LoRA | source |", "|---|---|---|---|---|"]
+        for method in methods:
+            exact = "yes" if method.exact else "no"
+            cells = (f"`{method.name}`", method.summary, needs(method), exact, source(method, short=True))
+            lines.append(table_row(cells))
         return "\n".join(lines)
     lines = ["| method | what it does | needs | one budget for all layers | source |", "|---|---|---|---|---|"]
     for method in methods:

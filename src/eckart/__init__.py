@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from eckart.hf.adapters.config import AdapterConfig
     from eckart.moments import Moments
     from eckart.planning import Plan
+    from eckart.verbs.adapt import adapt, adapt_plan
     from eckart.verbs.calibrate import calibrate
     from eckart.verbs.claims import claims
     from eckart.verbs.compensate import compensate
     from eckart.verbs.compress import compress
+    from eckart.verbs.convert import convert
     from eckart.verbs.demo import demo
     from eckart.verbs.dimension import dimension
     from eckart.verbs.doctor import doctor
@@ -60,11 +62,14 @@ __all__ = [
     "Rank",
     "Site",
     "Size",
+    "adapt",
+    "adapt_plan",
     "calibrate",
     "claims",
     "compensate",
     "compress",
     "compress_stream",
+    "convert",
     "demo",
     "dimension",
     "doctor",
@@ -80,11 +85,13 @@ __all__ = [
 
 # Names whose modules import torch: fetched when first used, so that `import eckart` costs milliseconds.
 _VERBS = (
-    "calibrate claims compensate compress demo dimension doctor evaluate export inspect load methods plan preview save"
+    "adapt calibrate claims compensate compress convert demo dimension doctor evaluate export inspect load methods "
+    "plan preview save"
 )
 _LAZY = {verb: f"eckart.verbs.{verb}" for verb in _VERBS.split()} | {
     "AdapterConfig": "eckart.hf.adapters.config",
     "Moments": "eckart.moments",
+    "adapt_plan": "eckart.verbs.adapt",
     "compress_stream": "eckart.verbs.stream",
     "Plan": "eckart.planning",
 }

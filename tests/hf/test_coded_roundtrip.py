@@ -15,8 +15,9 @@ from torch import nn
 
 import eckart  # noqa: F401
 from eckart.arch import find_sites, skipped_sites
-from eckart.checkpoint import inspect_folder
+from eckart.checkpoint import Manifest, inspect_folder
 from eckart.errors import FileError, InputError
+from eckart.hf.onnx import export_onnx
 from eckart.hf.quantizer import EckartConfig, densify
 from eckart.hf.registry import prepare_for_saving
 from eckart.hf.remote_code import export_dense, export_remote_code
@@ -175,6 +176,23 @@ def test_exports(tmp_path) -> None:
     with pytest.raises(InputError, match="no dense form"):
         export_dense(tmp_path / "snnk", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", FORMS)
+def test_in_onnxruntime(method, tmp_path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = made(method, "llama")
+    prepare_for_saving(model)
+    model.save_pretrained(tmp_path / "in")
+    Manifest(base="toy", fingerprint="f", modules=describe(model)).write(tmp_path / "in")
+    export_onnx(tmp_path / "in", tmp_path / "out")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids = inputs(model)["input_ids"]
+    feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    found = torch.from_numpy(session.run(["logits"], feed)[0])
+    torch.testing.assert_close(found, output(model), rtol=1e-4, atol=1e-5)
 
 
 def test_a_block_on_features_has_to_know_what_it_replaces() -> None:

@@ -136,6 +136,8 @@ def test_experts_that_no_token_reached_are_named(tmp_path):
     with pytest.warns(EckartWarning, match=r"no calibration token reached 2 expert .*layers.2.mlp.experts.*: 2\)"):
         made = eckart.compress_stream(folder, tmp_path / "out", **ASKED)
     assert "no calibration token reached 2 expert matrices of 2 sites" in made.outcome.notes[0]
+    with pytest.warns(EckartWarning, match=r"no token reached 2 of the experts' matrices .*layers\.2.*: 2\)"):
+        eckart.compress(folder, **ASKED, probe_rounds=0)
     assert made.outcome.notes[0] in (tmp_path / "out" / "eckart.json").read_text()
 
 

@@ -10,7 +10,8 @@ budget: the directions of all layers compete by λ_i / tr C per number that they
 (:func:`eckart.calibrate`): no pass of its own over the data. Otherwise as LoRA.
 
 *When it does not help.* With few tokens, where C has fewer directions than the rank: the rest is drawn at random, as in
-LoRA. On data unlike the calibration. Embedding tables have no covariance, only frequencies.
+LoRA. On data unlike the calibration. Embedding tables have no covariance, only frequencies. In the claim it was ahead
+of LoRA by .002 nats per byte, 1.752 against 1.755 after 60 steps.
 
 *Departs from the paper in.* The exact covariance of all calibration tokens instead of an incremental SVD of batches
 that stops on convergence. The budget counts numbers to train; the paper's counts ranks, so that wide layers were too

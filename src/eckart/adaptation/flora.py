@@ -6,19 +6,22 @@ instead of multiplying the rank's.
 
 *Formula.* ΔW = s · G ×₁ P_out ×₂ P_in ×₃ K₁ ×₄ K₂ …, with a core G (r_out × r_in × q₁ × q₂ …) = 0 at the start, P_out
 (out × r_out), P_in (channels × r_in) and K_i (kernelᵢ × qᵢ) normal with variance 1 / (2 · columns). r_out and r_in are
-the rank, at most out and channels; qᵢ is ``kernel_rank``, at most the kernel's size. For linear maps ΔW = s P_out G P_inᵀ.
+the rank, at most out and channels; qᵢ is ``kernel_rank``, at most the kernel's size. For linear maps ΔW = s P_out G
+P_inᵀ.
 
 *Cost.* r (out + channels) + q Σ kernel + r² Π q numbers to train, against r (out + channels · Π kernel) of LoRA; for a
-3 × 3 kernel about a fifth. Runs as the LoRA that it is: B = s P_out as a 1 × 1 convolution after
-A = G ×₂ P_in ×₃ K₁ … as one with the kernel of the base.
+3 × 3 kernel about a fifth. Runs as the LoRA that it is: B = s P_out as a 1 × 1 convolution after A = G ×₂ P_in ×₃ K₁ …
+as one with the kernel of the base.
 
-*When it does not help.* Linear maps: there it is a LoRA with an r × r matrix in between, the same set of changes with r²
-more numbers. 1 × 1 convolutions likewise.
+*When it does not help.* Linear maps: there it is a LoRA with an r × r matrix in between, the same set of changes with
+r² more numbers. 1 × 1 convolutions likewise. On the claim's problem, a map that reads 8 positions × 16 channels, it
+falls behind LoRA by 0.4 % of the held-out loss with as many numbers (1.894 against 1.889 nats): the eight positions are
+all different, and two columns do not tell them apart.
 
 *Departs from the paper in.* The dense ΔW is never formed for the forward pass, and it merges and exports, as exact
-LoRA; the official code does neither. Grouped convolutions have a core and factors for each group; the official
-code's shapes fail on them. An embedding is treated as the matrix it is; the official one adds one vector to all entries.
-s is 1 by default; the official example takes 4.
+LoRA; the official code does neither. Grouped convolutions have a core and factors for each group; the official code's
+shapes fail on them. An embedding is treated as the matrix it is; the official one adds one vector to all entries. s is
+1 by default; the official example takes 4.
 
 *Reference.* C. Si, X. Wang, X. Yang, Z. Xu, Q. Li, J. Dai, Y. Qiao, X. Yang, W. Shen, “FLoRA: Low-Rank Core Space for
 N-dimension”, 2024, https://arxiv.org/abs/2405.14739.
@@ -112,8 +115,9 @@ class _Positions(FloraDelta):
         super().__init__(replace(layout, kind="conv", kernel=(CONTEXT,)), rank, options)
 
     def delta(self) -> Tensor:
-        dense = super().delta()  # (1, out, channels · positions)
-        return dense.unflatten(-1, (-1, CONTEXT)).mT.reshape(dense.shape)  # the network has positions outside
+        dense: Tensor = super().delta()  # (1, out, channels · positions)
+        # The network has positions outside, convolutions inside.
+        return dense.reshape(*dense.shape[:2], -1, CONTEXT).mT.reshape(dense.shape)
 
 
 def _run_claim() -> Verdict:

@@ -9,7 +9,9 @@ r"""LoRA: a low-rank change of the weight, from zero. The baseline of all others
 
 *When it does not help.* Where a change of full rank is needed: new knowledge in quantity, large shifts of domain. Step
 size and choice of layers move results more than most of the methods that improve on it (on PEFT's own comparison the
-same method ranges from 47.8 to 51.3 % with them); tune those first.
+same method ranges from 47.8 to 51.3 % with them); tune those first. The claim does not hold here: the small network,
+moved from source code to prose at rank 8, regained 69 % of what full fine-tuning gained on held-out text (1.926 to
+1.820 nats per byte, full 1.772).
 
 *Departs from the paper in.* The uniform start is that of the authors' code and of PEFT (Kaiming with a = √5); the paper
 says Gaussian. α = r rather than a constant.

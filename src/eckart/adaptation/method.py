@@ -186,6 +186,8 @@ class AdaptMethod:
     """Whether ``factors()`` gives a LoRA that is the adapter, not close to it."""
     needs: frozenset[Need] = frozenset()
     """Moments that ``start`` reads; they come from a calibration."""
+    budgeted: bool = True
+    """Whether a budget can be spread over its layers; False where they share their numbers."""
     tie: Callable[[Sequence[Delta]], None] | None = None
     """Called with all of an adapter's deltas after they were made and after they were loaded, to share numbers."""
     claim: Claim

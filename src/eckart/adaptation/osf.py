@@ -3,27 +3,29 @@ r"""OSF: change the weight only outside of its leading singular directions.
 *What it does.* Keeps what the model can do: the leading singular directions of W, on both sides, are out of reach of
 the change, by how it is written and not by what happens to gradients.
 
-*Formula.* U_k S_k V_kᵀ = SVD_k(W), k = ``protect`` · full rank;
-ΔW = (I − U_kU_kᵀ) B A (I − V_kV_kᵀ), B = 0 and A uniform in ±1/√in at the start, so U_kᵀ ΔW = 0 and ΔW V_k = 0 whatever
-the optimiser does. ``layers`` sets the share layer by layer: :func:`energy_shares` from the spectra,
-:func:`importance_shares` from how much each layer matters.
+*Formula.* U_k S_k V_kᵀ = SVD_k(W), k = ``protect`` · full rank; ΔW = (I − U_kU_kᵀ) B A (I − V_kV_kᵀ), B = 0 and A
+uniform in ±1/√in at the start, so U_kᵀ ΔW = 0 and ΔW V_k = 0 whatever the optimiser does. ``layers`` sets the share
+layer by layer: :func:`energy_shares` from the spectra, :func:`importance_shares` from how much each layer matters.
 
 *Cost.* r (out + in) numbers to train, k (out + in) saved beside them; 2 r k (out + in) multiply-adds a step for the
 projections. One leading SVD per weight.
 
 *When it does not help.* Where one task is all that counts: what is protected is what a LoRA would use, and at the same
-rank it learns less; see the claim. Directions that matter for the old tasks need not be those of large singular values.
+rank it learns less. Directions that matter for the old tasks need not be those of large singular values: on the claim's
+problem it forgets less than LoRA (0.137 against 0.158 nats on the old text), but only as it learns less; per nat gained
+on the new text it loses 1.68 nats on the old, and LoRA 1.49. That half of the claim does not hold there; the leak, of
+1e-7 against 31 % with projected gradients, does. PEFT's OSF leaks 13 to 18 % in 20 steps on a small Llama.
 
 *Departs from the paper in.* The paper trains everything below the leading k, U_low, S_low and V_low, and projects the
-gradients. Adam scales the entries of a projected gradient one by one, and the result is not in the subspace
-any more: see “leak” in the claim. Here the change has rank r (any rank up to the full one less k), the projection is part
-of it, nothing leaks, and it is an exact LoRA that unmerges. The paper's share for layer l is
-least + I_l (target − least), with I_l the mean cosine of a layer's input and output over that of all layers, least 0.1
-and target 0.8; :func:`importance_shares` computes that from any importances. Cosines need inputs and outputs of equal
-size, so take them around whole blocks.
+gradients. Adam scales the entries of a projected gradient one by one, and the result is not in the subspace any more:
+see “leak” in the claim. Here the change has rank r (any rank up to the full one less k), the projection is part of it,
+nothing leaks, and it is an exact LoRA that unmerges. The paper's share for layer l is least + I_l (target − least),
+with I_l the mean cosine of a layer's input and output over that of all layers; :func:`importance_shares` computes that
+from any importances, with least 0.1 and target 0.8 by default. Cosines need inputs and outputs of equal size, so take
+them around whole blocks.
 
-*Reference.* N. S. Nayak, K. Killamsetty, L. Han, A. Bhandwaldar, P. Chanda, K. Xu, H. Wang, A. Pareja, O. Silkin,
-M. Eyceoz, A. Srivastava, “Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning”, 2025,
+*Reference.* N. S. Nayak, K. Killamsetty, L. Han, A. Bhandwaldar, P. Chanda, K. Xu, H. Wang, A. Pareja, O. Silkin, M.
+Eyceoz, A. Srivastava, “Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning”, 2025,
 https://arxiv.org/abs/2504.07097.
 
 *Example.*
@@ -126,7 +128,7 @@ def leak(change: Tensor, U: Tensor, Vh: Tensor) -> float:
 
     U (…, out, k) and Vh (…, k, in) are orthonormal. Float64; 0 for a change that is zero.
     """
-    change, U, Vh = change.double(), U.double(), Vh.double()
+    change, U, Vh = change.detach().double(), U.double(), Vh.double()
     left, right = U.mT @ change, change @ Vh.mT
     inside = left.square().sum() + right.square().sum() - (left @ Vh.mT).square().sum()
     total = float(change.square().sum())
@@ -169,6 +171,15 @@ def importance_shares(
 class _Projected(Delta):
     """The paper's form: triplets below the leading k, trained by projected gradients."""
 
+    Low: Tensor
+    S: Tensor
+    Right: Tensor
+    Low0: Tensor
+    S0: Tensor
+    Right0: Tensor
+    U: Tensor
+    Vh: Tensor
+
     def __init__(self, layout: Layout, rank: int, options: Options) -> None:
         super().__init__(layout, rank, options)
         s, m, n, k = layout.slices, layout.out_features, layout.in_features, options.kept(layout)
@@ -184,16 +195,13 @@ class _Projected(Delta):
         self.fill(U=U[..., :k], Vh=Vh[:, :k])
         low = {"Low": U[..., k : k + self.rank], "S": S[:, k : k + self.rank], "Right": Vh[:, k : k + self.rank]}
         self.fill(**low, **{f"{name}0": value for name, value in low.items()})
-        self.Low: Any
-        self.Right: Any
-        self.Low.register_hook(lambda gradient: gradient - self.U @ (self.U.mT @ gradient))
-        self.Right.register_hook(lambda gradient: gradient - (gradient @ self.Vh.mT) @ self.Vh)
+        hooks: Any = (self.Low, self.Right)
+        hooks[0].register_hook(lambda gradient: gradient - self.U @ (self.U.mT @ gradient))
+        hooks[1].register_hook(lambda gradient: gradient - (gradient @ self.Vh.mT) @ self.Vh)
 
     def delta(self) -> Tensor:
-        now, before = (
-            (getattr(self, f"Low{e}") * getattr(self, f"S{e}")[:, None]) @ getattr(self, f"Right{e}") for e in ("", "0")
-        )
-        return now - before
+        now = (self.Low * self.S[:, None]) @ self.Right
+        return now - (self.Low0 * self.S0[:, None]) @ self.Right0
 
 
 def _leak_of(trial: Trial, protect: float) -> float:
@@ -230,7 +238,7 @@ def _run_claim() -> Verdict:
         "LoRA": forgotten["LoRA"] / (lora.before - lora.after),
     }
     return Verdict(
-        held=leaks["OSF"] < 1e-5 < 1e-2 < leaks["projected gradients"] and price["OSF"] < price["LoRA"],
+        held=leaks["OSF"] < 1e-6 < 1e-2 < leaks["projected gradients"] and price["OSF"] < price["LoRA"],
         figures={f"{name}: leak into what is protected": value for name, value in leaks.items()}
         | {f"{name}: rise of the loss on the old text": value for name, value in forgotten.items()}
         | {f"{name}: that rise per nat gained on the new": value for name, value in price.items()}

@@ -9,7 +9,8 @@ what matters most in W from the first step. W itself is never changed.
 again saved beside them, and the multiply-adds of rank 2r.
 
 *When it does not help.* At a small rank on weights with flat spectra the principal part is a small share of W. At
-equal parameters it gained little over a tuned LoRA in the small trials here: see the claim.
+equal parameters it gained little over a tuned LoRA: in the claim 1.749 nats per byte against 1.755 after 60 steps, and
+1.845 against 1.848 on held-out text.
 
 *Departs from the paper in.* The paper takes B₀A₀ out of W and trains on what is left; here W stays and the start is
 subtracted (see :mod:`eckart.adaptation.method`): same function, same gradients. Disabling, unloading and a second

@@ -8,8 +8,9 @@ r"""SALT: scale and shift the leading singular values, and add a low-rank change
 
 *Cost.* 2 k + q (out + in) numbers to train, k (out + in) saved beside them; the multiply-adds of rank k + q.
 
-*When it does not help.* Where a LoRA does as well: per number to train it was about level with it here, see the claim.
-ReLU stops training a singular value once it is negative.
+*When it does not help.* Where a LoRA does better: the claim does not hold here, 5120 numbers (k = 64, q = 3) reached
+1.858 nats per byte on held-out text and LoRA's 6144 (rank 4) 1.835, from 1.926. ReLU stops training a singular value
+once it is negative.
 
 *Departs from the paper in.* The paper splits the full SVD, and X Y mixes the remaining singular directions; that needs
 all of U and V, in time and on disk (14 times a LoRA file). The projections span the same space for square weights, and

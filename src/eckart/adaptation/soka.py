@@ -14,7 +14,8 @@ the square roots. Without a rank, ``rule="energy"`` takes the least r with Σ_{k
 token for square factors, in thin products that are 2 to 3 times slower than LoRA's at equal loss.
 
 *When it does not help.* Where it must ship as LoRA: it has no low rank, an export is an approximation with a measured
-error; merge instead. Where speed counts. Sizes that are prime have only one split, with m₁ = 1.
+error; merge instead. Where speed counts. The claim does not hold here: with 31 % fewer numbers it came level with LoRA
+on held-out text, 1.820 nats per byte, and PiSSA reached 1.815. Sizes that are prime have only one split, with m₁ = 1.
 
 *Departs from the paper in.* The published Algorithm reshapes W to (m n) × (p q) by its own order, which is W again, and
 its factors then have the wrong shapes; the rearrangement above is the one that the decomposition needs. The paper's
@@ -150,8 +151,8 @@ def _elbow(values: Tensor) -> int:
 
 
 def _run_claim() -> Verdict:
-    lora, pissa = adapted(LORA, rank=4), adapted(PISSA, rank=4)
-    ours = adapted(METHOD, rank=5)
+    # 1408 numbers per term against 1536 per direction: 6 terms are 69 % of rank 8.
+    lora, pissa, ours = adapted(LORA, rank=8), adapted(PISSA, rank=8), adapted(METHOD, rank=6)
     return Verdict(
         held=ours.after < min(lora.after, pissa.after) and ours.parameters <= 0.75 * lora.parameters,
         figures=ours.figures("SoKA") | lora.figures("LoRA") | pissa.figures("PiSSA"),

@@ -13,7 +13,8 @@ every forward pass.
 
 *When it does not help.* The penalty is on ``eckart.hf.adapters.tuner.penalty(model)``, and a trainer that does not add
 it trains a PiSSA with an extra factor. At the official γ it moves little. Exact vectors cannot change W's core matrix
-UᵀWV off the diagonal without turning, and lag behind where singular values are alike; see the figures of the claim.
+UᵀWV off the diagonal without turning. In the claim the training loss after 60 steps was 1.752 nats per byte (exact
+1.753, LoRA 1.755, PiSSA 1.749) and the held-out loss that of LoRA, 1.848.
 
 *Departs from the paper in.* The official trainer adds (γ/lr) times the gradient of the penalty after clipping and
 before Adam, which is the paper's separate step only under SGD; here the penalty is a term of the loss, so γ is not

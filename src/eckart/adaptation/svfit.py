@@ -11,7 +11,8 @@ default energy r is most of the full rank, so that the multiply-adds are up to t
 
 *When it does not help.* Where new directions are needed: it can only weigh those that W has. “99 % of the energy” is
 no low rank: the maps of MiniLM-L6 need 64 to 95 % of their directions for it. It is the choice for many adapters in
-memory whose directions are shared, or where the numbers sent per update are what counts. See the claim.
+memory whose directions are shared, or where the numbers sent per update are what counts. The claim does not hold here:
+192 numbers reached 1.897 nats per byte on held-out text, LoRA's 3072 (rank 2) 1.844, from 1.926.
 
 *Departs from the paper in.* δ is added to S where the paper trains S itself: the same path of training, and zero at
 the start.

@@ -5,14 +5,28 @@ from __future__ import annotations
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-from eckart.adaptation import eva, lora, pissa, salt, soka, sorsa, svfit
+from eckart.adaptation import eva, fedsvd, flora, lora, osf, pissa, said, salt, sara, snnk, soka, sorsa, svfit
 from eckart.adaptation.method import AdaptMethod
 from eckart.compression import options_for
 from eckart.errors import InputError, unknown
 
 ADAPTATIONS: dict[str, AdaptMethod] = {
     method.name: method
-    for method in (lora.METHOD, pissa.METHOD, svfit.METHOD, sorsa.METHOD, salt.METHOD, soka.METHOD, eva.METHOD)
+    for method in (
+        lora.METHOD,
+        pissa.METHOD,
+        svfit.METHOD,
+        sorsa.METHOD,
+        salt.METHOD,
+        soka.METHOD,
+        eva.METHOD,
+        flora.METHOD,
+        osf.METHOD,
+        sara.METHOD,
+        said.METHOD,
+        fedsvd.METHOD,
+        snnk.METHOD,
+    )
 }
 """In the order in which they are shown."""
 

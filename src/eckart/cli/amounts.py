@@ -31,6 +31,27 @@ def parse_count(given: object) -> int:
     return _amount(given, _COUNTS, "a count, such as 15M, 7B or 300000")
 
 
+def parse_budget(given: object) -> dict[str, float | int]:
+    """``0.5%`` as {"model_keep": 0.005}, ``300k`` as {"parameters": 300000}.
+
+    Raises ValueError for anything else, such as a bare number below 1.
+    """
+    expected = "a share of the model such as 0.5%, or a count of parameters such as 300k"
+    text = str(given).strip()
+    if not text.endswith("%"):
+        try:
+            return {"parameters": parse_count(given)}
+        except ValueError:
+            raise ValueError(f"expected {expected}") from None
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        raise ValueError(f"expected {expected}") from None
+    if not 0 < share <= 1:
+        raise ValueError(f"expected {expected}, above 0 and at most 100%")
+    return {"model_keep": share}
+
+
 def _amount(given: object, units: dict[str, int], expected: str) -> int:
     if isinstance(given, bool) or not isinstance(given, (int, float, str)):
         raise ValueError(f"expected {expected}")

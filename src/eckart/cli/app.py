@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 import eckart
+from eckart.cli.adapt import adapt
 from eckart.cli.calibrate import calibrate
 from eckart.cli.claims import claims
 from eckart.cli.compensate import compensate
 from eckart.cli.compress import compress
+from eckart.cli.convert import convert
 from eckart.cli.demo import demo
 from eckart.cli.dimension import dimension
 from eckart.cli.doctor import doctor
@@ -32,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS = (
-    *(inspect, calibrate, plan, compress, compensate, evaluate, export, dimension),
+    *(inspect, calibrate, plan, compress, compensate, evaluate, export, adapt, convert, dimension),
     *(methods, claims, doctor, demo, schema),
 )
 for verb in VERBS:

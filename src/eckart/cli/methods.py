@@ -10,17 +10,17 @@ from eckart.cli import render
 from eckart.cli.flags import Json, Quiet
 from eckart.cli.terminal import Terminal
 
-MethodKind = Literal["factors", "modules", "repair", "training", "diagnostics"]
+MethodKind = Literal["factors", "modules", "repair", "adapters", "training", "diagnostics"]
 
 
 def methods(as_json: Json = False, quiet: Quiet = False) -> None:
-    """List all methods: factors and modules (compress), repair (compensate), training and diagnostics (in Python).
+    """List all methods: factors and modules (compress), repair (compensate), adapters (adapt), and those in Python.
 
     JSON: methods, a list of kind, name, summary, paper, entry (what it is called in Python), needs, loss_units,
     options (name, type, default), claim.
     """
     terminal = Terminal(json=as_json, quiet=quiet)
-    kinds: tuple[MethodKind, ...] = ("factors", "modules", "repair", "training", "diagnostics")
+    kinds: tuple[MethodKind, ...] = ("factors", "modules", "repair", "adapters", "training", "diagnostics")
     rows = [_row(kind, method) for kind in kinds for method in eckart.methods(kind)]
     terminal.result({"methods": rows}, lambda console: render.methods(console, rows))
 

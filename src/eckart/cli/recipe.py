@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from eckart.cli.amounts import parse_bytes, parse_count
+from eckart.cli.amounts import parse_budget, parse_bytes, parse_count
 
 
 @dataclass(frozen=True)
@@ -376,6 +376,105 @@ class CompensateRecipe(Section):
     output: AdapterOutput = AdapterOutput()
 
 
+TrainBudget = Annotated[
+    dict[Literal["parameters", "model_keep"], float],
+    BeforeValidator(parse_budget),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}]}),
+]
+
+
+class ExamplesSection(Section):
+    """What is trained on."""
+
+    source: Annotated[str | None, Flag("--data", "FILE")] = Field(
+        default=None,
+        description="JSONL file with prompt and completion, text and label, or text in each line; or a text file.",
+    )
+    held_out: Annotated[str | None, Flag("--held-out", "FILE", "held_out")] = Field(
+        default=None, description="File that the loss is measured on, before and after. By default a part of --data."
+    )
+    held_out_share: Annotated[
+        float | None, Field(gt=0, lt=1), Flag("--held-out-share", "SHARE", "held_out_share", default="0.1")
+    ] = Field(default=None, description="Share of the rows of --data that is held out instead.")
+    text: Annotated[str | None, Flag("--text-field", "NAME", default="text")] = Field(
+        default=None, description="Field that holds the text."
+    )
+    prompt: Annotated[str | None, Flag("--prompt-field", "NAME", default="prompt")] = Field(
+        default=None, description="Field that holds what is given."
+    )
+    completion: Annotated[str | None, Flag("--completion-field", "NAME", default="completion")] = Field(
+        default=None, description="Field that holds what is learned to follow."
+    )
+    label: Annotated[str | None, Flag("--label-field", "NAME", default="label")] = Field(
+        default=None, description="Field that holds the class."
+    )
+    length: Annotated[int | None, Field(ge=2), Flag("--length", "TOKENS", "length", default="256")] = Field(
+        default=None, description="Tokens of an example at most; longer ones are cut."
+    )
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    name: Annotated[str | None, Flag("--method", "NAME", "method", default="lora")] = Field(
+        default=None, description="Adaptation method; `eckart methods` lists them."
+    )
+    options: Annotated[dict[str, Any] | None, Flag("--option", "NAME=VALUE", "options")] = Field(
+        default=None, description="Option of the method. Repeatable."
+    )
+    rank: Annotated[Positive | None, Flag("--rank", "R", "rank")] = Field(
+        default=None, description="Rank of every layer. Without it and --budget the method's own rule."
+    )
+    budget: Annotated[TrainBudget | None, Flag("--budget", "SHARE|COUNT")] = Field(
+        default=None,
+        description="Numbers to train instead of a rank: 0.5% of the model's, or 300k. Spread over the layers.",
+    )
+    spread: Annotated[
+        Literal["weight", "activation", "gradient"] | None,
+        Flag("--spread", "weight|activation|gradient", "spread"),
+    ] = Field(
+        default=None,
+        description="What a budget follows. By default activation for methods that start from inputs, else weight.",
+    )
+    targets: Annotated[list[str] | None, Flag("--target", "NAME", "targets", default="all-linear")] = Field(
+        default=None, description="Layer, the end of its name, or all-linear. Repeatable."
+    )
+
+
+class TrainSection(Section):
+    """How it is trained."""
+
+    epochs: Annotated[float | None, Field(gt=0), Flag("--epochs", "N", "epochs", default="1")] = Field(
+        default=None, description="Passes over the training rows."
+    )
+    steps: Annotated[Positive | None, Flag("--steps", "N", "steps")] = Field(
+        default=None, description="Steps of the optimiser, instead of --epochs."
+    )
+    rate: Annotated[float | None, Field(gt=0), Flag("--lr", "RATE", "rate", default="5e-4")] = Field(
+        default=None, description="Highest learning rate. It matters more than the method: try some."
+    )
+    batch_size: Annotated[Positive | None, Flag("--batch", "N", "batch_size", default="8")] = Field(
+        default=None, description="Rows per step."
+    )
+    save_every: Annotated[Positive | None, Flag("--save-every", "STEPS", "save_every", default="100")] = Field(
+        default=None, description="Steps between checkpoints; after a kill the same command goes on from the last one."
+    )
+
+
+class AdaptRecipe(Section):
+    """Recipe of ``eckart adapt``."""
+
+    model: Model = Field(default=None, description=_MODEL)
+    data: ExamplesSection = ExamplesSection()
+    adapter: AdapterSection = AdapterSection()
+    moments: Moments = Field(
+        default=None, description="File written by `eckart calibrate`, for methods that start from inputs."
+    )
+    train: TrainSection = TrainSection()
+    run: RunSection = RunSection()
+    output: AdapterOutput = AdapterOutput()
+
+
 class InspectRecipe(Section):
     """Recipe of ``eckart inspect``."""
 
@@ -406,5 +505,6 @@ RECIPES: dict[str, type[Section]] = {
     "compress": CompressRecipe,
     "evaluate": EvaluateRecipe,
     "compensate": CompensateRecipe,
+    "adapt": AdaptRecipe,
     "inspect": InspectRecipe,
 }

@@ -147,3 +147,5 @@ def show_warnings() -> None:
 
     warnings.showwarning = show
     warnings.simplefilter("always", EckartWarning)
+    # PEFT asks transformers for something by its old name, which is nothing that a user can change.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)

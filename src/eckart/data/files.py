@@ -14,7 +14,7 @@ SUFFIXES = (".txt", ".jsonl")
 
 def read_lines(path: Path) -> tuple[list[str], str]:
     """The non-blank lines of a text file without their line ends, and its whole content as it is."""
-    content = _decoded(path)
+    content = decoded(path)
     lines = [line.removesuffix("\r") for line in content.split("\n")]
     return [line for line in lines if line.strip()], content
 
@@ -42,7 +42,7 @@ def read_records(path: Path, field: str | None) -> list[str]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+    for number, line in enumerate(decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -66,7 +66,8 @@ def _only_text_field(path: Path, record: dict[str, Any]) -> str:
     return fields[0]
 
 
-def _decoded(path: Path) -> str:
+def decoded(path: Path) -> str:
+    """The text of a UTF-8 file. Raises FileError and InputError for one that is missing, empty or no text."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

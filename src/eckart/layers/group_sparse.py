@@ -71,8 +71,8 @@ class GroupSparseInt4(CodedLayer, ReplacedLinear):
     def matrix(self) -> Tensor:
         codes = torch.stack([self.packed & 15, self.packed >> 4], dim=-1).flatten(1)
         values = (codes - self.zeros[:, None]) * self.scales[:, None]
-        every_row = torch.arange(self.out_features, device=values.device)
-        rows = every_row.repeat_interleave(self.row_pointers.diff(), output_size=len(values))
+        places = torch.arange(len(values), dtype=torch.int32, device=values.device)
+        rows = torch.bucketize(places, self.row_pointers[1:], right=True)
         empty = values.new_zeros(self.out_features, self.in_features // self.group, self.group)
         return empty.index_put((rows, self.columns.long()), values).flatten(1)
 

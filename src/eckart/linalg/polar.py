@@ -22,8 +22,8 @@ def polar_factor(X: Tensor, *, lifts: int = 6, polish: int = 3) -> Tensor:
     if X.ndim < 2 or not X.is_floating_point():
         raise InputError(f"polar_factor: expected matrices of floating point numbers; got {tuple(X.shape)}, {X.dtype}.")
     tall = X.shape[-2] > X.shape[-1]
-    Y = X.mT if tall else X
-    Y = Y / torch.linalg.vector_norm(Y, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(Y.dtype).tiny)
+    wide = X.mT if tall else X
+    Y: Tensor = wide / torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny)
     a, b, c = QUINTIC
     for _ in range(lifts):
         G = Y @ Y.mT

@@ -13,8 +13,8 @@ from eckart.linalg.svd import SVD, signed
 def product_svd(B: Tensor, A: Tensor, rank: int | None = None) -> SVD:
     """The leading ``rank`` singular triplets of B A for B (m, k) and A (k, n); min(m, k, n) of them by default.
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, and the decomposition is that of a k × k matrix between
-    orthonormal ones: O((m + n) k² + k³) instead of O(m n min(m, n)). Exact to rounding; float64 on the CPU.
+    With B = Q_B R_B and Aᵀ = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ, and the decomposition is that of a k × k matrix
+    between orthonormal ones: O((m + n) k² + k³) instead of O(m n min(m, n)). Exact to rounding; float64 on the CPU.
 
     Raises InputError for shapes that do not fit and a rank out of range, NotFiniteError for NaN or Inf.
     """

@@ -208,7 +208,7 @@ class Moments:
 
 
 def warn_about(moments: Moments) -> None:
-    """EckartWarnings for inputs seen on fewer tokens than they have features, experts and sites without tokens or mask."""
+    """EckartWarnings for inputs with fewer tokens than features, experts or sites with none, masks that do not fit."""
     counts = {key: sums.count.sum(0) for key, sums in moments.inputs.items() if sums.second is not None}
     unseen = {key: (count == 0).nonzero().flatten().tolist() for key, count in counts.items() if len(count) > 1}
     few = [
@@ -226,8 +226,8 @@ def warn_about(moments: Moments) -> None:
         key = max(lost, key=lambda name: len(lost[name]))
         shown = ", ".join(map(str, lost[key][:8])) + (", …" if len(lost[key]) > 8 else "")
         _warn(
-            f"no token reached {sum(map(len, lost.values()))} of the experts' matrices (as {key}: {shown}). They have the "
-            "mean moments of the others; calibrate on more, or more varied, text."
+            f"no token reached {sum(map(len, lost.values()))} of the experts' matrices (as {key}: {shown}). They have "
+            "the mean moments of the others; calibrate on more, or more varied, text."
         )
     if unreached := moments.meta.get("unreached"):
         _warn(f"no token reached {len(unreached)} sites, as {unreached[0]}; they have no moments.")

@@ -48,7 +48,7 @@ from eckart.evidence.network import CONTEXT, forward
 from eckart.linalg import truncated_svd
 from eckart.records import Claim, Diagnostic, Finding, Paper, SiteKind, Verdict
 from eckart.spectra.ranks import energy_rank, spectrum
-from eckart.spectra.values import Spectrum, as_matrices, not_finite, over_slices, singular_values
+from eckart.spectra.values import Spectrum, as_matrices, frobenius, not_finite, over_slices, singular_values
 
 RANKS = ("stable_rank", "effective_rank", "rank_90", "rank_95", "rank_99")
 """The findings of :func:`eckart.spectra.spectrum` that are given of the change."""
@@ -121,7 +121,7 @@ def _one(
     values = s.values[index]
     alone = Spectrum(values[None], s.out_features, s.in_features, s.resolution)
     p = values.numel()
-    size, own = float(values.square().sum().sqrt()), float(torch.linalg.vector_norm(base, dtype=torch.float64))
+    size, own = float(values.square().sum().sqrt()), frobenius(base)
     found = {}
     if own > 0:
         found["delta_relative"] = Finding(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eckart.records import Finding, SiteKind
-from eckart.spectra.values import as_matrices, largest_entry, not_finite, over_slices
+from eckart.spectra.values import as_matrices, frobenius, largest_entry, not_finite, over_slices
 
 NAMES = ("frobenius", "spectral_norm", "stable_rank")
 """The findings of :func:`quick_norms`; the same names as those of :func:`eckart.spectra.spectrum`."""
@@ -34,8 +34,8 @@ def _one(matrix: Tensor, steps: int) -> dict[str, Finding]:
     if scale == 0:
         zero = {name: Finding(name=name, value=0.0, uncertainty=0.0) for name in NAMES[:2]}
         return zero | {"stable_rank": Finding(name="stable_rank", value=None, notes=("all entries are zero",))}
-    A = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32) / scale
-    total = float(torch.linalg.vector_norm(A, dtype=torch.float64))
+    A = matrix.to(torch.float64 if matrix.dtype == torch.float64 else torch.float32, copy=True).div_(scale)
+    total = frobenius(A)
     top, width = _top(A, steps)
     note = (f"{steps} steps of Lanczos",)
     n = matrix.numel()

@@ -127,6 +127,12 @@ def largest_entry(matrix: Tensor) -> float:
     return max((float(torch.linalg.vector_norm(part, math.inf)) for part in blocks(stored)), default=0.0)
 
 
+def frobenius(matrix: Tensor) -> float:
+    """‖W‖_F in float64, read in blocks; overflows only beyond 1e154."""
+    stored = matrix if matrix.stride(0) >= matrix.stride(1) else matrix.T
+    return math.sqrt(sum(float(part.to(torch.float64).square().sum()) for part in blocks(stored)))
+
+
 def blocks(matrix: Tensor) -> Iterator[Tensor]:
     """The rows of a matrix in blocks of about 4 million numbers."""
     yield from torch.split(matrix, max(1, _BLOCK // max(matrix.shape[1], 1)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
+from eckart.adaptation import ADAPTATIONS
 from eckart.compensation import COMPENSATIONS
 from eckart.compression import METHODS
 from eckart.errors import InputError, unknown
@@ -15,7 +16,7 @@ from eckart.records import Claim, Paper
 from eckart.spectra import SPECTRA
 from eckart.training import TRAINING
 
-MethodKind = Literal["factors", "modules", "repair", "training", "diagnostics"]
+MethodKind = Literal["factors", "modules", "repair", "adapters", "training", "diagnostics"]
 
 
 class Method(Protocol):
@@ -35,12 +36,13 @@ TABLES: Mapping[MethodKind, Mapping[str, Method]] = {
     "factors": METHODS,
     "modules": MODULES,
     "repair": COMPENSATIONS,
+    "adapters": ADAPTATIONS,
     "training": TRAINING,
     "diagnostics": {**SPECTRA, **LANDSCAPE, **GEOMETRY},
 }
-"""``factors`` and ``modules`` for ``compress --method``, ``repair`` for ``compensate --method``, ``training`` for
-classes and functions of :mod:`eckart.training`, ``diagnostics`` for functions of :mod:`eckart.spectra`,
-:mod:`eckart.landscape` and :mod:`eckart.geometry`."""
+"""``factors`` and ``modules`` for ``compress --method``, ``repair`` for ``compensate --method``, ``adapters`` for
+``adapt --method``, ``training`` for classes and functions of :mod:`eckart.training`, ``diagnostics`` for functions of
+:mod:`eckart.spectra`, :mod:`eckart.landscape` and :mod:`eckart.geometry`."""
 
 
 def methods(kind: MethodKind | None = None) -> tuple[Method, ...]:

@@ -20,6 +20,9 @@ from eckart.moments import Moments
 from eckart.records import Budget, Progress, silent
 
 PEFT_TYPE = "ECKART"
+WRITTEN_TYPE = "ECKART (pip install eckart, and import it before loading; the folder lora/ loads without it)"
+"""What stands for the type in a saved config. PEFT looks it up in a table, so that in a process without Eckart the
+KeyError says what to do; with Eckart it is another name of the same config."""
 
 AfterSaving = Callable[["AdapterConfig", nn.Module, str], None]
 
@@ -105,6 +108,8 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
                 Budget(**self.budget)
             except (InputError, TypeError) as error:
                 found.append(f"budget is a Budget; {error}")
+            if self.method in ADAPTATIONS and not get_adaptation(self.method).budgeted:
+                found.append(f"the layers of method {self.method!r} share their numbers, so there is no budget; give r")
         if self.spread is not None and self.spread not in SPREADS:
             found.append(unknown("spread", str(self.spread), SPREADS))
         if self.budget is None and self.spread is not None:
@@ -125,11 +130,11 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and beside it the plain-LoRA copy where a live model is saved."""
-        fresh, self.saved = self.saved, True
+        fresh, self.saved, self.peft_type = self.saved, True, WRITTEN_TYPE
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.saved = fresh
+            self.saved, self.peft_type = fresh, PeftType(PEFT_TYPE)
         model = self._model()
         if model is not None and self._after_saving is not None:
             self._after_saving(self, model, save_directory)

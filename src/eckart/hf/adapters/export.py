@@ -93,6 +93,11 @@ def write_lora_copy(model: nn.Module, adapter: str, folder: Path, config: Any, o
     found, wrong = lora_factors(model, adapter)
     if wrong or not found:
         raise EckartError(problems("no plain LoRA", wrong or ["the adapter has no layer"]))
+    write_factors(found, folder, config, others)
+
+
+def write_factors(found: Mapping[str, LoraFactors], folder: Path, config: Any, others: Mapping[str, Tensor]) -> None:
+    """Write factors as one LoRA of uniform rank with α = r, whole or not at all, in place of what is there."""
     step = math.lcm(*(f.B.shape[0] for f in found.values()))
     rank = max(-(-f.rank // step) * step for f in found.values())
     lora = LoraConfig(

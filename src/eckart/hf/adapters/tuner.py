@@ -3,7 +3,7 @@
 Note [A tuner from outside]. PEFT knows tuners by an enum without further members, and refuses to register a name that
 is not among them. So the member ECKART is added to the enum in place, as the class itself would make it. It happens as
 soon as both PEFT and Eckart have been imported, in either order (:mod:`eckart.hooks`). A process without Eckart fails
-on such an adapter with ``KeyError: 'ECKART'``; it loads the plain-LoRA copy beside it.
+on such an adapter with a KeyError that says so; it loads the plain-LoRA copy beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import PeftType, get_quantization_kwargs, register_peft_method, resolve_quantization_backend
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from eckart.adaptation import CAP, Layout, Source, adapt_options, gains, get_ada
 from eckart.errors import EckartError, EckartWarning, InputError, NotFiniteError, problems
 from eckart.hf.adapter_files import WEIGHTS
 from eckart.hf.adapters.check import CHECK, compare
-from eckart.hf.adapters.config import PEFT_TYPE, AdapterConfig
+from eckart.hf.adapters.config import PEFT_TYPE, WRITTEN_TYPE, AdapterConfig
 from eckart.hf.adapters.export import FOLDER, other_tensors, write_lora_copy
 from eckart.hf.adapters.layers import LAYERS, AdapterLayer, dense_weight, kind_of, layout_of, refused
 from eckart.layers.linear import ReplacedLinear
@@ -98,7 +98,8 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
             except InputError as error:
                 faults.append(f"{name}: {error}")
                 continue
-            if not source.weight.isfinite().all():
+            # A sum is NaN or Inf where any entry is, and several times as fast as a look at each.
+            if not source.weight.sum().isfinite() and not source.weight.isfinite().all():
                 broken.append(f"{name}: NaN or Inf in its weight")
                 continue
             asked, most = _asked(config, name), method.delta.most(layout, options)
@@ -243,7 +244,8 @@ def _after_saving(config: AdapterConfig, model: nn.Module, directory: str) -> No
     """The plain-LoRA copy beside a saved adapter, or a warning that says why there is none."""
     names = [name for name, own in getattr(model, "peft_config", {}).items() if own is config]
     folder = Path(directory) / FOLDER
-    if not names:
+    # The Trainer takes every folder below one of its checkpoints for a further adapter, and fails when it resumes.
+    if not names or re.fullmatch(r"checkpoint-\d+", Path(directory).name):
         return
     try:
         write_lora_copy(model, names[0], folder, config, other_tensors(Path(directory) / WEIGHTS))
@@ -295,3 +297,4 @@ def register() -> None:
     register_peft_method(
         name=PEFT_TYPE.lower(), config_cls=AdapterConfig, model_cls=AdapterTuner, prefix=AdapterTuner.prefix
     )
+    PEFT_TYPE_TO_CONFIG_MAPPING[WRITTEN_TYPE] = AdapterConfig
