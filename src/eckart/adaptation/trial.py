@@ -169,7 +169,7 @@ def adapted(
 ) -> Trial:
     """The network adapted with the best of ``RATES``. About 0.5 s for each of them and 150 steps, once per process."""
     chosen = method.options() if options is None else options
-    key = (method.name, rank, repr(chosen), steps, seed, tuple(sites))
+    key = (method.name, method.delta, rank, repr(chosen), steps, seed, tuple(sites))
     if key not in _RUN:  # many claims compare with the same LoRA
         trials = (_with(method, rank, chosen, steps, seed, rate, sites) for rate in RATES)
         _RUN[key] = min(trials, key=lambda trial: trial.train)

@@ -89,11 +89,11 @@ class CalibrationSection(Section):
 
     gradients: Annotated[
         Literal["full", "scale", "none"] | None,
-        Flag("--gradients", "full|scale|none", "gradients", default="full"),
+        Flag("--gradients", "full|scale|none", "gradients"),
     ] = Field(
         default=None,
         description="Second moments of the output gradients: full (out × out per layer), scale (one number "
-        "per layer) or none (no backward pass).",
+        "per layer) or none (no backward pass). By default full; in compress what the method needs.",
     )
     probes: Annotated[Positive | None, Flag("--probes", "N", "probes")] = Field(
         default=None, description="Backward passes per batch, each with freshly drawn targets."

@@ -18,7 +18,6 @@ from random import Random
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 
 from eckart.adaptation import Spread, get_adaptation
@@ -30,7 +29,7 @@ from eckart.evaluation.bootstrap import bootstrap, resample
 from eckart.hf.adapter_trainer import collate, last_checkpoint, pad_token, row_losses, tokenise, train
 from eckart.hf.adapters.config import AdapterConfig
 from eckart.hf.adapters.export import FOLDER
-from eckart.hf.adapters.targets import target_names
+from eckart.hf.adapters.targets import put_adapter, target_names
 from eckart.hf.adapters.tuner import adapter_layers
 from eckart.hf.classifier import load_classifier
 from eckart.hf.models import LoadedModel
@@ -411,7 +410,7 @@ def _prepare(
         known = _collect(loaded, examples, train_rows, names, batch_size, spread, seed, progress)
     config._moments = known
     model_parameters = sum(p.numel() for p in loaded.model.parameters())
-    adapted: Any = get_peft_model(loaded.model, config)
+    adapted: Any = put_adapter(loaded.model, config)
     layers = {layer.delta("default").layout.name: layer.delta("default") for _, layer in adapter_layers(adapted)}
     inside = {id(p): p.numel() for delta in layers.values() for p in delta.parameters()}
     total = math.ceil(len(train_rows) * epochs / batch_size) if steps is None else steps

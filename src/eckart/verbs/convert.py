@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from eckart.checkpoint import MANIFEST, atomic_folder
@@ -186,8 +185,7 @@ def _measured(
     folder: Path, fresh: Any, batches: Sequence[Mapping[str, Tensor]], adapted: Tensor, plain: Tensor
 ) -> float:
     """The error of the LoRA in ``folder``, as stock PEFT loads it."""
-    model = PeftModel.from_pretrained(copy.deepcopy(fresh), str(folder)).eval()
-    return lost(outputs(model, batches), adapted, plain)
+    return lost(outputs(attach(copy.deepcopy(fresh), folder), batches), adapted, plain)
 
 
 def _written(

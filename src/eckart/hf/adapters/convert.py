@@ -35,7 +35,10 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def attach(base: nn.Module, folder: Path) -> Any:
-    """``base`` with the adapter of a folder beside its layers, in evaluation mode."""
+    """``base`` with the adapter of a folder, of any kind that PEFT knows, beside its layers, in evaluation mode.
+
+    Raises InputError where it does not fit.
+    """
     try:
         return PeftModel.from_pretrained(base, str(folder), adapter_name=ADAPTER).eval()
     except (RuntimeError, ValueError, KeyError) as error:

@@ -1,9 +1,11 @@
-"""Which layers of a model a config asks for, before anything is made."""
+"""Which layers of a model a config asks for, and the adapter on them."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+from peft import get_peft_model
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
@@ -21,3 +23,8 @@ def target_names(config: AdapterConfig, model: nn.Module) -> list[str]:
             f"no layer of {type(model).__name__} is meant by {config.target_modules!r}; look at its names."
         )
     return found
+
+
+def put_adapter(model: nn.Module, config: AdapterConfig) -> Any:
+    """PEFT's model with a fresh adapter beside the layers of ``model``, which is changed in place."""
+    return get_peft_model(model, config)
