@@ -99,7 +99,7 @@ def directions(count: int, dimension: int, orthogonal: bool, generator: torch.Ge
     G = torch.randn(count, dimension, generator=generator, dtype=torch.float64) / math.sqrt(dimension)
     if not orthogonal:
         return G
-    norms = torch.linalg.vector_norm(G, dim=1, keepdim=True)  # of the same law as before
+    norms: Tensor = torch.linalg.vector_norm(G, dim=1, keepdim=True)  # of the same law as before
     Q: Tensor = torch.linalg.qr(G.T).Q
     return Q.T * norms
 

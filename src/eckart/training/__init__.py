@@ -1,8 +1,8 @@
 """Methods that act while a model is trained: ranks that shrink, weights that are shared, layers that are kernels.
 
 Transformers models with layers of theirs are saved and loaded like all others:
-``eckart.hf.registry.prepare_for_saving(model)``, then ``save_pretrained``, and plain ``AutoModel.from_pretrained`` after
-``import eckart``.
+``eckart.hf.registry.prepare_for_saving(model)``, then ``save_pretrained``, and plain ``AutoModel.from_pretrained``
+after ``import eckart``.
 """
 
 from eckart.layers import GroupSparseInt4, LR2VQConv2d, LR2VQLinear, SNNKLinear

@@ -20,8 +20,8 @@ trained as in the paper, and by 0.49 with plain codes and as many steps, althoug
 
 *Departs from the paper in.* The paper trains the low-rank representation before it clusters; here that is the same
 layer with ``codes=None`` (one code per subvector), trained, and given to :func:`vector_coded` again. k-means is
-weighted and P takes part in it. The codes are hard during training, with gradients through the gather. "auto" fits every
-d̃ for a few rounds, and takes the smallest whose error is within 1 % of the least. How the authors lay subvectors
+weighted and P takes part in it. The codes are hard during training, with gradients through the gather. "auto" fits
+every d̃ for a few rounds, and takes the smallest whose error is within 1 % of the least. How the authors lay subvectors
 over kernels was not found; here they run along (in/groups, height, width). No official code was found.
 
 *Reference.* Z. Zhu, Y. Zhou, Z. Zhao, “Learning Low-Rank Representations for Model Compression”, 2022,
