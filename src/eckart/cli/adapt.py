@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def adapt(recipe: AdaptRecipe, terminal: Terminal, dry_run: bool) -> None:
     except Interrupted as error:
         if any(work.glob("checkpoint-*")):
             raise Interrupted(f"{error} The same command goes on from the last checkpoint, in {work}.") from error
+        shutil.rmtree(work, ignore_errors=True)
         raise
     content = as_plain(result.to_json())
     terminal.result({"folder": folder, "adaptation": content}, lambda console: _draw(console, content, folder))

@@ -76,7 +76,8 @@ def convert(
     options = {name: value for name, value in given.items() if value is not None}
     path = Path(output)
     with terminal.working(path) as progress:
-        result = eckart.convert(adapter, to, path, **options, overwrite=overwrite, progress=progress)
+        form: Any = to  # one of TARGETS
+        result = eckart.convert(adapter, form, path, **options, overwrite=overwrite, progress=progress)
     content = as_plain(result)
     terminal.result(content, lambda console: _draw(console, content, path))
 

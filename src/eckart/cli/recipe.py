@@ -408,8 +408,9 @@ class ExamplesSection(Section):
     label: Annotated[str | None, Flag("--label-field", "NAME", default="label")] = Field(
         default=None, description="Field that holds the class."
     )
-    length: Annotated[int | None, Field(ge=2), Flag("--length", "TOKENS", "length", default="256")] = Field(
-        default=None, description="Tokens of an example at most; longer ones are cut."
+    length: Annotated[int | None, Field(ge=2), Flag("--length", "TOKENS", "length")] = Field(
+        default=None,
+        description="Tokens of an example at most; longer ones are cut. By default 256, or what the model takes.",
     )
 
 
@@ -444,13 +445,13 @@ class AdapterSection(Section):
 class TrainSection(Section):
     """How it is trained."""
 
-    epochs: Annotated[float | None, Field(gt=0), Flag("--epochs", "N", "epochs", default="1")] = Field(
+    epochs: Annotated[float | None, Field(gt=0), Flag("--epochs", "N", "epochs", default="1.0")] = Field(
         default=None, description="Passes over the training rows."
     )
     steps: Annotated[Positive | None, Flag("--steps", "N", "steps")] = Field(
         default=None, description="Steps of the optimiser, instead of --epochs."
     )
-    rate: Annotated[float | None, Field(gt=0), Flag("--lr", "RATE", "rate", default="5e-4")] = Field(
+    rate: Annotated[float | None, Field(gt=0), Flag("--lr", "RATE", "rate", default="0.0005")] = Field(
         default=None, description="Highest learning rate. It matters more than the method: try some."
     )
     batch_size: Annotated[Positive | None, Flag("--batch", "N", "batch_size", default="8")] = Field(

@@ -40,6 +40,8 @@ from eckart.verbs.models import ModelLike, as_loaded
 from eckart.verbs.plan import as_moments
 
 DEFAULT_METHOD = "lora"
+DEFAULT_LENGTH = 256
+"""Tokens of an example at most, where the model takes so many."""
 MOMENT_ROWS = 256
 """Training rows that the moments of the inputs come from, where none were given."""
 RUN = "run.json"
@@ -242,7 +244,7 @@ def adapt(
     steps: int | None = None,
     rate: float = 5e-4,
     batch_size: int = 8,
-    length: int = 256,
+    length: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device: str | None = None,
@@ -270,7 +272,7 @@ def adapt(
         work: folder for checkpoints every ``save_every`` steps. Called again with the same arguments, a run that was
             interrupted goes on from the last one. None: no checkpoints.
 
-    Examples that are longer than ``length`` tokens are cut, and counted in the notes.
+    Examples that are longer than ``length`` tokens (256, or what the model takes) are cut, and counted in the notes.
 
     Raises InputError that names every faulty line of the data and every wrong option before the model is loaded,
     NotFiniteError where the loss is not finite, KeyboardInterrupt after Ctrl-C, with a checkpoint in ``work``.
@@ -367,7 +369,7 @@ def _prepare(
     steps: int | None = None,
     rate: float = 5e-4,
     batch_size: int = 8,
-    length: int = 256,
+    length: int | None = None,
     seed: int = 0,
     dtype: str | None = None,
     device: str | None = None,
@@ -382,7 +384,7 @@ def _prepare(
     config = AdapterConfig(
         method=method,
         r=rank,
-        budget=budget,
+        budget=None if budget is None else {budget.unit: getattr(budget, budget.unit)},
         spread=spread,
         options=dict(options or {}),
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -395,7 +397,9 @@ def _prepare(
     base = fingerprint(loaded.model)
     if known is not None and not new:
         known.check(base)
-    if loaded.max_length is not None and length > loaded.max_length:
+    limit = loaded.max_length or DEFAULT_LENGTH
+    length = min(DEFAULT_LENGTH, limit) if length is None else length
+    if loaded.max_length is not None and length > limit:
         raise InputError(f"length is at most {loaded.max_length}, which is what {loaded.name} takes; got {length}.")
     rows, cut, dropped = _tokens(loaded, examples, length)
     notes = [f"{cut} examples were cut to {length} tokens"] if cut else []
@@ -463,7 +467,7 @@ def _option_faults(
     steps: int | None,
     rate: float,
     batch_size: int,
-    length: int,
+    length: int | None,
     seed: int,
     share: float,
 ) -> list[str]:
@@ -472,7 +476,7 @@ def _option_faults(
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             found.append(f"{name} is an int of at least 1; got {value!r}")
-    if not isinstance(length, int) or length < 2:
+    if length is not None and (not isinstance(length, int) or length < 2):
         found.append(f"length is a number of tokens, at least 2; got {length!r}")
     if not 0 < epochs < math.inf:
         found.append(f"epochs is a number above 0; got {epochs!r}")
