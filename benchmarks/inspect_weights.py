@@ -6,9 +6,9 @@ One process, one thread, CPU seconds. First all weights of MiniLM that have a sp
 tier ``standard`` on the folder (reading and hashing included, no cache) against ``WeightWatcher().analyze()`` at its
 defaults on the loaded model (loading left out), by turns, the best of each. ``standard`` does more (noise, windows,
 defects, verdicts, hashing), so two more pairs are given: the findings alone that both give at WeightWatcher's defaults,
-and ``standard`` against WeightWatcher with its own comparison to noise (``mp_fit=True, randomize=True``, once). WeightWatcher is no dependency; without it
-its figures are left out. Then one 4096 × 11008 float32 matrix, noise with 256 power-law directions on top: the
-seconds of its spectrum alone and of everything that ``standard`` measures, and the largest relative error of its 256
+and ``standard`` against WeightWatcher with its own comparison to noise (``mp_fit=True, randomize=True``, once).
+WeightWatcher is no dependency; without it its figures are left out. Then one 4096 × 11008 float32 matrix, noise with
+256 power-law directions on top: the seconds of its spectrum alone and of everything that ``standard`` measures, and the largest relative error of its 256
 largest singular values against a float64 decomposition that shares no code with ours.
 """
 
@@ -183,7 +183,9 @@ def main() -> None:
         print(f"  ratio                 {small['speedup']:8.1f}   (at least 2)")
         print(f"  eckart, the findings that WeightWatcher gives {small['cpu_seconds_same_findings']:.2f}", end="")
         print(f", ratio {small['speedup_same_findings']:.1f}")
-        print(f"  WeightWatcher with its comparison to noise {small['weightwatcher_cpu_seconds_with_noise']:.2f}", end="")
+        print(
+            f"  WeightWatcher with its comparison to noise {small['weightwatcher_cpu_seconds_with_noise']:.2f}", end=""
+        )
         print(f", ratio {small['speedup_with_noise']:.1f}")
     big = large(options.reference)
     print(f"{SHAPE[0]} × {SHAPE[1]}: spectrum {big['cpu_seconds_spectrum']:.1f} s, all of standard ", end="")

@@ -60,6 +60,20 @@ def later_rows() -> list[str]:
             f"{len(found['files_that_differ'])} differ | bookkeeping {found['bookkeeping_share']:.1%} | "
             "`benchmarks/stream.py` |"
         )
+    if (found := read("inspect_weights.json")) is not None:
+        small, large = found["minilm"], found["large"]
+        rows.append(
+            f"| All weights of MiniLM inspected (`standard`), CPU | {small['cpu_seconds']:.2f} s, nothing left out; "
+            f"WeightWatcher {small['weightwatcher_cpu_seconds']:.2f} s, with its comparison to noise "
+            f"{small['weightwatcher_cpu_seconds_with_noise']:.1f} s | the same findings "
+            f"{small['speedup_same_findings']:.1f}× less CPU, all of ours {small['speedup']:.1f}×, "
+            f"with noise in both {small['speedup_with_noise']:.0f}× (asked 2) | `benchmarks/inspect_weights.py` |"
+        )
+        rows.append(
+            f"| A 4096 × 11008 weight inspected | {large['cpu_seconds_standard']:.1f} s of CPU (asked 15) | top 256 "
+            f"singular values right to {large['largest_relative_error_top_256']:.0e} (asked 1e-4) | "
+            "`benchmarks/inspect_weights.py` |"
+        )
     if (found := read("onnx.json")) is not None:
         for row in found["minilm"]:
             if row["graph"] == "int8" and row["model"] in ("dense", "keep 0.5"):

@@ -189,8 +189,8 @@ def test_python_dash_m(place):
 
 
 COMMANDS = (
-    *("calibrate", "plan", "compress", "compensate", "evaluate", "export", "methods", "claims", "doctor", "demo", "schema"),
-    *("inspect", "dimension", "adapt", "convert"),
+    *("calibrate", "plan", "compress", "compensate", "evaluate", "export", "methods", "claims", "doctor", "demo"),
+    *("schema", "inspect", "dimension"),
 )
 
 

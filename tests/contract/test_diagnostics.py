@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -13,13 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
+import eckart.geometry
+import eckart.landscape
 import eckart.spectra
 from eckart.errors import InputError
+from eckart.geometry import GEOMETRY
+from eckart.landscape import LANDSCAPE
 from eckart.records import Claim, Diagnostic, Finding, Verdict
 from eckart.spectra import SPECTRA
 
-TABLES: tuple[tuple[Mapping[str, Diagnostic], ModuleType], ...] = ((SPECTRA, eckart.spectra),)
-"""Tables with their rooms. Those of geometry and landscape are held to the same in tests of their own."""
+TABLES: tuple[tuple[Mapping[str, Diagnostic], ModuleType], ...] = (
+    (SPECTRA, eckart.spectra),
+    (LANDSCAPE, eckart.landscape),
+    (GEOMETRY, eckart.geometry),
+)
+"""Tables with their rooms."""
 HEADINGS = (
     "What it does",
     "Formula",
@@ -30,17 +39,14 @@ HEADINGS = (
     "Example",
 )
 DIAGNOSTICS = [(diagnostic, room) for table, room in TABLES for diagnostic in table.values()]
-NOT_HELD = {"learning-rates", "pruning-ratios"}
+NOT_HELD = {"learning-rates", "pruning-ratios", "interaction-basis", "top-afa"}
 """Claims of papers that fail here; each docstring gives the figures. One that comes to hold has to leave this set."""
 WITHOUT_TENSORS = {"learning-rates", "pruning-ratios"}
 """Those whose entry takes figures of other diagnostics, tested beside them."""
 
 every = pytest.mark.parametrize(("diagnostic", "room"), DIAGNOSTICS, ids=[d.name for d, _ in DIAGNOSTICS])
-on_tensors = pytest.mark.parametrize(
-    "diagnostic",
-    [d for d, _ in DIAGNOSTICS if d.name not in WITHOUT_TENSORS],
-    ids=[d.name for d, _ in DIAGNOSTICS if d.name not in WITHOUT_TENSORS],
-)
+OF_WEIGHTS = [d for d in SPECTRA.values() if d.name not in WITHOUT_TENSORS]
+on_tensors = pytest.mark.parametrize("diagnostic", OF_WEIGHTS, ids=[d.name for d in OF_WEIGHTS])
 
 
 def module_of(diagnostic: Diagnostic) -> ModuleType:
@@ -51,6 +57,17 @@ def run(diagnostic: Diagnostic, W: Any) -> list[Finding]:
     entry: Callable[..., Any] = diagnostic.entry
     found = entry(W, W) if diagnostic.name == "difference" else entry(W)
     return list(found.values()) if isinstance(found, Mapping) else [found]
+
+
+@pytest.mark.parametrize(("table", "room"), TABLES, ids=[room.__name__ for _, room in TABLES])
+def test_no_name_is_lost_in_the_table(table: Mapping[str, Diagnostic], room: ModuleType) -> None:
+    """Two of one name would leave one entry: every METHOD of the room is in its table."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{room.__name__}.")]
+    assert {id(m.METHOD) for m in modules if hasattr(m, "METHOD")} == {id(d) for d in table.values()}
+
+
+def test_no_two_diagnostics_share_a_name() -> None:
+    assert len({d.name for d, _ in DIAGNOSTICS}) == len(DIAGNOSTICS)
 
 
 @every
@@ -101,6 +118,12 @@ def test_claim_ran_and_reports_figures(diagnostic: Diagnostic, room: ModuleType)
     assert verdict.figures
     assert all(isinstance(value, float) for value in verdict.figures.values())
     assert verdict.held is (diagnostic.name not in NOT_HELD), verdict
+
+
+@pytest.mark.parametrize("room", [room for _, room in TABLES], ids=[room.__name__ for _, room in TABLES])
+def test_everything_public_is_documented(room: ModuleType) -> None:
+    for name in room.__all__:
+        assert inspect.getdoc(getattr(room, name)), name
 
 
 def test_every_failing_claim_is_named() -> None:

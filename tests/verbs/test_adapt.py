@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import eckart
+from eckart.adaptation import ADAPTATIONS
 from eckart.data.examples import Fields, read_examples
 from eckart.errors import EckartError, EckartWarning, FileError, InputError, MismatchError
 from eckart.hf.adapter_trainer import collate, row_losses, tokenise
@@ -270,3 +271,32 @@ def test_bad_conversions(place, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="expected one of Eckart"):
         eckart.convert(tmp_path / "other", "lora", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ADAPTATIONS)
+def test_every_method_trains_and_converts_or_says_why_not(place, tmp_path, name):
+    rank = {"sara": 40, "said": 40}.get(name, 4)
+    found = eckart.adapt(
+        place / "llama",
+        place / "pairs.jsonl",
+        method=name,
+        rank=rank,
+        steps=4,
+        rate=1e-2,
+        length=32,
+        targets=["q_proj"],
+    )
+    model = found.model.eval()
+    assert found.outcome.change.mean != 0
+    with model.disable_adapter():
+        assert torch.equal(_logits(model), _logits(load_model(place / "llama").model))
+    found.save(tmp_path / "adapter")
+    method = ADAPTATIONS[name]
+    assert (tmp_path / "adapter" / "lora").is_dir() is method.exact
+    if not method.delta.linear:
+        with pytest.raises(EckartError, match="not linear"):
+            eckart.convert(tmp_path / "adapter", "lora", tmp_path / "lora")
+        return
+    done = eckart.convert(tmp_path / "adapter", "lora", tmp_path / "lora")
+    assert done.exact is method.exact
+    assert done.error < 0.05
