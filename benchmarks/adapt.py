@@ -6,10 +6,11 @@ The question of each example: from which of ten packages is this docstring? Name
 docstrings are either trained or tested on. MiniLM-L6 with the activations before its last two layers computed once;
 those two layers (12 linear maps) are adapted, and a head of ten classes is trained beside the adapter, always at the
 same learning rate. Every example is trained on once, so that the training loss of the last 20 batches is a loss on
-unseen examples: by it each method takes the best of four learning rates, seed by seed, and of the next ones beyond as
-long as the best is the first or the last (at most three more). Then the test loss of that one. Seeds set the order of
-the examples, the head and the adapter's start; they are the same for all methods, so that losses are compared in pairs:
-by document and seed. Intervals are 95 %, from a bootstrap over documents and seeds.
+unseen examples, though of files from which others were trained on: by it each method takes the best of four learning
+rates, seed by seed, and of the next ones beyond as long as the best is the first or the last (at most three more). Then
+the test loss of that one, on other files. Seeds set the order of the examples, the head and the adapter's start; they
+are the same for all methods, so that losses are compared in pairs. Intervals are 95 %: of the test loss from a
+bootstrap over documents and seeds, of the training loss from Student's t over seeds.
 
 Ranks are uniform, the highest with at most 1 % more parameters than LoRA of rank 4, where a method has that many.
 LoRA has two rows, and the better of the two is what the others must beat: α = r, and α = 4 r.
@@ -412,6 +413,17 @@ def compare(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
     return {"mean": float(D.mean()), "low": low, "high": high, "by_seed": [round(v, 4) for v in D.mean(1).tolist()]}
 
 
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""97.5 % point of Student's t by the number of values."""
+
+
+def compare_training(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Mean of ours − theirs, by seed, with a 95 % interval."""
+    d = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, half = statistics.fmean(d), T[len(d)] * statistics.stdev(d) / math.sqrt(len(d))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "by_seed": [round(v, 4) for v in d]}
+
+
 def summary(runs: Mapping[str, Mapping[str, Any]], work: Path) -> dict[str, Any]:
     """Rows of means over the seeds that all of a row's comparison have, and differences to the better LoRA."""
     rows: dict[str, Any] = {}
@@ -424,45 +436,51 @@ def summary(runs: Mapping[str, Mapping[str, Any]], work: Path) -> dict[str, Any]
     if not loras:
         return {"rows": rows, "tuned_lora": None}
     tuned = min(loras, key=lambda name: float(rows[name]["test_loss"]))
+    fitted = min(loras, key=lambda name: float(rows[name]["train_loss"]))
     for name, row in rows.items():
-        seeds = [seed for seed in runs[name] if seed in runs[tuned] and name != tuned]
+        seeds = [seed for seed in runs[name] if seed in runs[tuned] and seed in runs[fitted] and name != tuned]
         files = [(work / f"{_file(n)}-{seed}.safetensors") for n in (name, tuned) for seed in seeds]
         if len(seeds) < 2 or not all(file.is_file() for file in files):
             continue
         losses = [load_file(file)["losses"] for file in files]
+        own, other = ([runs[n][seed]["train_loss"] for seed in seeds] for n in (name, fitted))
+        row["training_against_lora"] = compare_training(own, other)
         row["against_lora"] = compare(torch.stack(losses[: len(seeds)]), torch.stack(losses[len(seeds) :]))
     return {"rows": rows, "tuned_lora": tuned}
 
 
 def table(result: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"{'method':16s}{'trained':>9s}{'bytes':>10s}{'ms/step':>9s}{'init s':>8s}{'acc.':>7s}{'train':>8s}{'test':>8s}"
-        "   test loss − tuned LoRA (95 %)"
+        f"{'method':16s}{'trained':>9s}{'bytes':>10s}{'ms/step':>9s}{'init s':>8s}{'acc.':>7s}{'test':>8s}"
+        f"{'− tuned LoRA (95 %)':>29s}{'train':>9s}{'− tuned LoRA (95 %)':>29s}"
     )
     for name, row in sorted(result["rows"].items(), key=lambda item: item[1]["test_loss"]):
-        line = (
+        yield (
             f"{name:16s}{row['parameters']:9,.0f}{row['bytes']:10,.0f}{row['ms_per_step']:9.1f}"
-            f"{row['init_seconds']:8.2f}{row['accuracy']:7.3f}{row['train_loss']:8.3f}{row['test_loss']:8.4f}"
+            f"{row['init_seconds']:8.2f}{row['accuracy']:7.3f}{row['test_loss']:8.4f}"
+            f"{_shown(row.get('against_lora'))}{row['train_loss']:9.4f}{_shown(row.get('training_against_lora'))}"
+            f"   rates {', '.join(f'{rate:g}' for rate in row['rates'])}; seeds {row['seeds']}"
         )
-        if (d := row.get("against_lora")) is not None:
-            line += f"   {d['mean']:+.4f} ({d['low']:+.4f} … {d['high']:+.4f})"
-        yield line + f"   rates {row['rates']}"
+
+
+def _shown(d: Mapping[str, float] | None) -> str:
+    return " " * 29 if d is None else f"{d['mean']:+11.4f} ({d['low']:+.4f}, {d['high']:+.4f})"
 
 
 def verdicts(result: Mapping[str, Any]) -> Iterator[str]:
-    """What holds and what does not, at equal trained parameters."""
+    """What holds and what does not, at equal trained parameters or fewer."""
     rows = {
         name: row
         for name, row in result["rows"].items()
         if row.get("against_lora") and (variant := VARIANTS.get(name)) and variant.method not in (None, "lora")
     }
-    better = [name for name, row in rows.items() if row["against_lora"]["high"] < 0]
-    worse = [name for name, row in rows.items() if row["against_lora"]["low"] > 0]
-    even = [name for name in rows if name not in better and name not in worse]
-    held = "holds" if better else "DOES NOT HOLD"
-    yield f"{held}: a method beats tuned LoRA outside of the interval: {better or 'none'}"
-    yield f"not told apart from tuned LoRA: {even or 'none'}"
-    yield f"worse than tuned LoRA outside of the interval: {worse or 'none'}"
+    for words, key in (("test loss", "against_lora"), ("loss of the last training batches", "training_against_lora")):
+        better = [name for name, row in rows.items() if row[key]["high"] < 0]
+        worse = [name for name, row in rows.items() if row[key]["low"] > 0]
+        held = "holds" if better else "DOES NOT HOLD"
+        yield f"{held}: a lower {words} than tuned LoRA's, outside of the interval: {', '.join(better) or 'none'}"
+        yield f"  not told apart: {', '.join(n for n in rows if n not in better and n not in worse) or 'none'}"
+        yield f"  higher, outside of the interval: {', '.join(worse) or 'none'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -210,6 +210,7 @@ def test_the_prompt_is_not_trained_on_and_losses_are_the_models_own(place):
         ({"rank": 2, "budget": eckart.Budget(parameters=10)}, "exclude each other"),
         ({"held_out_share": 0.999}, "too few"),
         ({"budget": eckart.Budget(parameters=3)}, "below one direction"),
+        ({"method": "sara", "options": {"threshold": 1e-9}}, "nothing to train"),
     ],
 )
 def test_bad_options(place, options, message):
@@ -275,7 +276,7 @@ def test_bad_conversions(place, tmp_path):
 
 @pytest.mark.parametrize("name", ADAPTATIONS)
 def test_every_method_trains_and_converts_or_says_why_not(place, tmp_path, name):
-    rank = {"sara": 40, "said": 40}.get(name, 4)
+    rank = 40 if name == "said" else 4
     found = eckart.adapt(
         place / "llama",
         place / "pairs.jsonl",

@@ -153,6 +153,9 @@ class Delta(nn.Module):
         B, A = factors
         return linear(linear(x, A[0]), B[0])
 
+    def arrived(self) -> None:
+        """Called where numbers were put in place without ``load_state_dict``, once, before they are used."""
+
     def penalty(self) -> Tensor | None:
         """A scalar that the method adds to the loss, or None."""
         return None

@@ -10,7 +10,8 @@ that a step of length ε moves the model by about ε. ``projection`` is ``one-ho
 
 *Cost.* d numbers and one per layer to train; a file holds θ once for each layer. P is made again from the seed: 12
 bytes per entry of W and one pass over them per use for one-hot, O(D_l log D_l) work for Fastfood, D_l · d of both for
-dense. ΔW is dense while it acts.
+dense. ΔW is dense while it acts. Under FSDP the model is one unit, ``fully_shard(model)``: blocks that are spread
+apart cannot share a parameter.
 
 *When it does not help.* Where a LoRA of rank 1 can be afforded: it has about as many numbers per layer as this has for
 the model. Random directions know nothing of the weights or the data. The claim does not hold on its problem: 200
@@ -96,7 +97,9 @@ class SaidDelta(Delta):
         self.fixed("seed", 1, dtype=torch.int64)
         self.share = 1.0
         """√(D_l / D), from :func:`share`."""
-        self._map: list[Projection] = []  # in a list, so that it is no submodule and in no file
+        # In lists, so that they are no submodules and in no file.
+        self._map: list[Projection] = []
+        self._first: list[SaidDelta] = []
 
     @classmethod
     def most(cls, layout: Layout, options: Options) -> int:
@@ -114,6 +117,10 @@ class SaidDelta(Delta):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._map.clear()
+
+    def arrived(self) -> None:
+        if self._first:
+            self.theta = self._first[0].theta
 
     def map(self) -> Projection:
         """P_l, made from the seed when it is first needed."""
@@ -153,6 +160,7 @@ def share(deltas: Sequence[Delta]) -> None:
     for delta in deltas:
         if isinstance(delta, SaidDelta) and isinstance(first, SaidDelta):
             delta.theta = first.theta
+            delta._first = [first]
             delta.share = math.sqrt(delta.layout.weight_parameters / total)
 
 

@@ -110,6 +110,21 @@ def factor_bytes(
     return found
 
 
+def flat_bits(site: Site, choices: Choices, bits: Sequence[int], bytes_per_number: int) -> Choices:
+    """The choices of a site and each of them in few bits, before anything is known of what rounding loses."""
+    found = [choices]
+    for width in bits:
+        size = np.zeros(len(choices), np.int64)
+        for code, form in enumerate(FORMS):
+            rows = np.flatnonzero(choices.form == code)
+            if form == "dense":
+                size[rows] = quantised_bytes(site.out_features, site.in_features, width, GROUP, bytes_per_number)
+            elif len(rows):
+                size[rows] = factor_bytes(site, form, choices.rank[rows], width, bytes_per_number)
+        found.append(with_bits(choices, width, np.zeros(len(choices)), size))
+    return Choices.joined(found)
+
+
 def unit_bits(
     unit: Unit, choices: Choices, dense_noise: dict[int, float], bits: Sequence[int], bytes_per_number: int
 ) -> Choices:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from torch import nn
 
-from eckart.apply.bits import GROUP
+from eckart.apply.bits import GROUP, flat_bits, quantisable
 from eckart.apply.choices import Table, element_size, forms_of
 from eckart.apply.crew import Crew, crew_of
 from eckart.apply.prepare import PreparedSite, prepare_sites
@@ -17,10 +17,10 @@ from eckart.apply.probe import refine
 from eckart.apply.units import prepare_units, units_of
 from eckart.arch import model_size, site_size
 from eckart.compression import CompressMethod, get_method
-from eckart.errors import BudgetError, InputError
+from eckart.errors import InputError
 from eckart.modules import NATIVE_KINDS, ModuleMethod, PreparedUnit, module_units, obs
 from eckart.moments import Moments
-from eckart.planning import Allocation, Curve, Plan, choices_for, solve, solve_groups
+from eckart.planning import Allocation, Curve, Group, Plan, choices_for, solve, solve_groups
 from eckart.planning.make import write_plan
 from eckart.records import Budget, FormKind, Progress, Site, Size, Unit, silent
 
@@ -197,11 +197,14 @@ def check_budget(
         solve_groups(table.groups(), budget, rest_of(model, sites))
     elif not bits or budget.unit != "bytes":
         equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
-    elif budget.value <= rest_of(model, sites).bytes:
-        raise BudgetError(
-            f"the budget {budget} cannot be met: what is not compressed takes at least {rest_of(model, sites).bytes} "
-            "bytes alone. Ask for more, or take in more sites (embeddings, head)."
-        )
+    else:
+        curves = []
+        for curve in flat_curves(model, sites, forms, rank_multiple, min_rank):
+            site, choices = curve.site, curve.choices
+            if isinstance(site, Site) and quantisable(site):
+                choices = flat_bits(site, choices, bits, element_size(model, site))
+            curves.append(Curve(site=site, choices=choices))
+        solve_groups([Group.single(curve) for curve in curves], budget, rest_of(model, sites))
 
 
 def equal_widths(
@@ -265,6 +268,15 @@ def equal_shares(
 
     Raises BudgetError where no ranks can meet the budget, so it is also the check before a calibration.
     """
+    curves = flat_curves(model, sites, forms, rank_multiple, min_rank)
+    picked = solve(curves, budget, rest_of(model, sites), allocation="uniform")
+    return {site.name: (choice.form, choice.rank, choice.size) for site, choice in zip(sites, picked, strict=True)}
+
+
+def flat_curves(
+    model: nn.Module, sites: Sequence[Site], forms: Sequence[FormKind], rank_multiple: int, min_rank: int
+) -> list[Curve]:
+    """Curves of all sites with the right sizes and losses that only say that more is better."""
     curves = []
     for site in sites:
         flat = numpy.linspace(1.0, 0.0, site.full_rank + 1)
@@ -278,5 +290,4 @@ def equal_shares(
             bytes_per_number=element_size(model, site),
         )
         curves.append(Curve(site=site, choices=choices))
-    picked = solve(curves, budget, rest_of(model, sites), allocation="uniform")
-    return {site.name: (choice.form, choice.rank, choice.size) for site, choice in zip(sites, picked, strict=True)}
+    return curves

@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import ArrayLike
 from torch import nn
 
-from eckart.apply.bits import GROUP, factor_bytes, quantisable
+from eckart.apply.bits import GROUP, flat_bits, quantisable
 from eckart.apply.choices import element_size, forms_of
 from eckart.apply.decide import check_allocation, flat_table, rest_of
 from eckart.arch import model_size
@@ -25,12 +25,9 @@ from eckart.planning import (
     Group,
     Plan,
     choices_for,
-    quantised_bytes,
     solve,
     solve_groups,
-    with_bits,
 )
-from eckart.planning.curve import FORMS as CODES
 from eckart.planning.make import write_plan
 from eckart.records import Budget, FormKind, Site, Size, Unit
 
@@ -180,28 +177,13 @@ def foreseen_bytes(model: nn.Module, sites: Sequence[Site], wanted: Wanted) -> i
     for site in sites:
         choices = site_choices(model, site, numpy.linspace(1.0, 0.0, site.full_rank + 1), wanted)
         if wanted.bits and quantisable(site):
-            choices = _flat_bits(site, choices, wanted.bits, number_bytes(model, site))
+            choices = flat_bits(site, choices, wanted.bits, number_bytes(model, site))
         curves.append(Curve(site=site, choices=choices))
     if wanted.bits:
         picked = [choice for _, choice in solve_groups([Group.single(c) for c in curves], wanted.budget, rest)]
     else:
         picked = solve(curves, wanted.budget, rest, "uniform")
     return rest.bytes + sum(choice.size.bytes for choice in picked)
-
-
-def _flat_bits(site: Site, choices: Choices, bits: Sequence[int], bytes_per_number: int) -> Choices:
-    """The choices of a site and each of them in few bits, before anything is known of what rounding loses."""
-    found = [choices]
-    for width in bits:
-        size = numpy.zeros(len(choices), numpy.int64)
-        for code, form in enumerate(CODES):
-            rows = numpy.flatnonzero(choices.form == code)
-            if form == "dense":
-                size[rows] = quantised_bytes(site.out_features, site.in_features, width, GROUP, bytes_per_number)
-            elif len(rows):
-                size[rows] = factor_bytes(site, form, choices.rank[rows], width, bytes_per_number)
-        found.append(with_bits(choices, width, numpy.zeros(len(choices)), size))
-    return Choices.joined(found)
 
 
 def nothing() -> Size:

@@ -417,6 +417,10 @@ def _prepare(
     adapted: Any = put_adapter(loaded.model, config)
     layers = {layer.delta("default").layout.name: layer.delta("default") for _, layer in adapter_layers(adapted)}
     inside = {id(p): p.numel() for delta in layers.values() for p in delta.parameters()}
+    if not inside:
+        raise InputError(
+            f"method {method!r} leaves nothing to train on these layers; give it a rank or a budget, or other layers."
+        )
     total = math.ceil(len(train_rows) * epochs / batch_size) if steps is None else steps
     plan = AdaptPlan(
         method=config.method,

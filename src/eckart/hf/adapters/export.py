@@ -20,6 +20,7 @@ from eckart.checkpoint import atomic_folder
 from eckart.errors import EckartError, problems
 from eckart.hf.adapter_files import CONFIG, WEIGHTS
 from eckart.hf.adapters.layers import AdapterLayer
+from eckart.hf.adapters.sharded import spread, standing_in
 
 FOLDER = "lora"
 """Beside the files of an adapter: the same adapter as plain LoRA."""
@@ -60,18 +61,24 @@ class LoraFactors:
         }
 
 
-def lora_factors(model: nn.Module, adapter: str) -> tuple[dict[str, LoraFactors], list[str]]:
-    """The layers of an adapter as LoRA, by name, and a sentence for each that no LoRA can be."""
+def lora_factors(
+    model: nn.Module, adapter: str, weights: Path | None = None
+) -> tuple[dict[str, LoraFactors], list[str]]:
+    """The layers of an adapter as LoRA, by name, and a sentence for each that no LoRA can be.
+
+    ``weights``: its file, from which numbers are read that are spread over processes.
+    """
     found: dict[str, LoraFactors] = {}
     wrong: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, AdapterLayer) or adapter not in module.eckart_delta:
             continue
         base, delta = module.get_base_layer(), module.delta(adapter)
-        if any(p.is_meta or hasattr(p, "full_tensor") for p in delta.parameters()):
-            wrong.append(f"{name}: its numbers are spread over processes")
+        numbers = _numbers(weights, f"{_STEM}{name}.eckart_delta.") if weights and spread(delta) else {}
+        if any(p.is_meta or (spread(delta) and n not in numbers) for n, p in delta.named_parameters()):
+            wrong.append(f"{name}: its numbers are spread over processes, or in none")
             continue
-        with torch.no_grad():
+        with torch.no_grad(), standing_in(delta, numbers):
             factors = delta.factors() if delta.linear else None
         if factors is None:
             wrong.append(f"{name}: the method has no exact factors of low rank")
@@ -84,16 +91,16 @@ def lora_factors(model: nn.Module, adapter: str) -> tuple[dict[str, LoraFactors]
     return found, wrong
 
 
-def write_lora_copy(model: nn.Module, adapter: str, folder: Path, config: Any, others: Mapping[str, Tensor]) -> None:
+def write_lora_copy(model: nn.Module, adapter: str, folder: Path, config: Any, weights: Path) -> None:
     """Write the adapter as plain LoRA into ``folder``, whole or not at all, in place of what is there.
 
-    ``others``: tensors of modules that were trained whole, which go along. Raises EckartError that says which layers
-    have no exact LoRA.
+    ``weights``: the file of the adapter, whose modules that were trained whole go along. Raises EckartError that says
+    which layers have no exact LoRA.
     """
-    found, wrong = lora_factors(model, adapter)
+    found, wrong = lora_factors(model, adapter, weights)
     if wrong or not found:
         raise EckartError(problems("no plain LoRA", wrong or ["the adapter has no layer"]))
-    write_factors(found, folder, config, others)
+    write_factors(found, folder, config, other_tensors(weights))
 
 
 def write_factors(found: Mapping[str, LoraFactors], folder: Path, config: Any, others: Mapping[str, Tensor]) -> None:
@@ -129,3 +136,11 @@ def other_tensors(weights: Path) -> dict[str, Tensor]:
         return {}
     with safe_open(weights, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys() if ".eckart_delta" not in name}  # noqa: SIM118
+
+
+def _numbers(weights: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of one layer in the file of an adapter, by what follows ``stem``."""
+    with safe_open(weights, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(stem)]  # noqa: SIM118
+        # Cloned: numbers in a mapped file lie at any address, and products over them round otherwise.
+        return {name.removeprefix(stem): file.get_tensor(name).clone() for name in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from eckart.adaptation import Delta, Layout
 from eckart.arch.kinds import is_experts
 from eckart.errors import EckartError, InputError, NotFiniteError
 from eckart.hf.adapters.check import CHECK, SIZE, compare, record
+from eckart.hf.adapters.sharded import gathered, is_spread, spread, standing_in
 from eckart.layers.linear import ReplacedLinear
 from eckart.linalg import fold, matricize
 from eckart.records import SiteKind
@@ -99,7 +100,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     merged: bool
     disable_adapters: bool
     active_adapters: list[str]
-    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
     _active_adapter: str | list[str]
     _get_embed_scale: Callable[[], Tensor | None]
     _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
@@ -154,17 +154,32 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return found
 
     @torch.no_grad()
-    def record(self, adapter_name: str) -> Tensor | None:
-        """What :func:`eckart.hf.adapters.check.record` says, or None where the numbers are not all here."""
-        delta = self.delta(adapter_name)
-        tensors = [*delta.parameters(), *self.get_base_layer().parameters()]
-        if self.merged or any(t.is_meta or hasattr(t, "full_tensor") for t in tensors):
+    def record(
+        self, adapter_name: str, numbers: Mapping[str, Tensor] | None = None, base: Tensor | None = None
+    ) -> Tensor | None:
+        """What :func:`eckart.hf.adapters.check.record` says, or None where the numbers are not all here.
+
+        ``numbers`` and ``base``: the parameters of the adapter and the stored weight of the layer, for those that are
+        spread over processes.
+        """
+        delta, layer = self.delta(adapter_name), self.get_base_layer()
+        own = dict(numbers or {}) if spread(delta) else {}
+        if self.merged or any(p.is_meta or (spread(delta) and n not in own) for n, p in delta.named_parameters()):
             return None
-        try:
-            weight = self.dense_weight()
-        except InputError:  # a quantised layer that does not give its weight back
-            return None
-        return record(weight, delta.delta() if delta.linear else None)
+        if any(is_spread(p) for p in layer.parameters()):
+            if base is None or self.quantization_backend is not None or isinstance(layer, ReplacedLinear):
+                return None
+            kind = kind_of(layer)
+            weight = matricize(gathered(base).detach(), kind, int(layer.groups) if kind == "conv" else 1)
+        else:
+            if any(p.is_meta for p in layer.parameters()):
+                return None
+            try:
+                weight = self.dense_weight()
+            except InputError:  # a quantised layer that does not give its weight back
+                return None
+        with standing_in(delta, own):
+            return record(weight, delta.delta() if delta.linear else None)
 
     def _arrived(self, name: str, delta: Delta) -> bool:
         """Whether numbers came without PEFT's own loading, which checks them: transformers puts them in place."""
@@ -174,6 +189,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         delta.started = True
         # See the tuner: numbers in a mapped file lie at any address.
         delta._apply(torch.clone)  # type: ignore[no-untyped-call]
+        delta.arrived()
         if (now := self.record(name)) is not None:
             compare({delta.layout.name: kept}, {delta.layout.name: now})
         return True
@@ -189,11 +205,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         dtype = result.dtype
         y = result
         for name, delta in self.active_deltas():
-            given = x
+            given, (work, cast_up) = x, _working(delta)
             if x.is_floating_point():
-                given = self._cast_input_dtype(x, torch.float32)
-                given = F.dropout(given, self.eckart_dropout[name], self.training)
-            y = y + self.added(delta, given, result)
+                given = F.dropout(x.to(work), self.eckart_dropout[name], self.training)
+            if cast_up:
+                with standing_in(delta, cast_up):
+                    y = y + self.added(delta, given, result)
+            else:
+                y = y + self.added(delta, given, result)
         return y.to(dtype)
 
     def added(self, delta: Delta, x: Tensor, y: Tensor) -> Tensor:
@@ -246,6 +265,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _unmergeable(self, names: list[str]) -> str | None:
         base = self.get_base_layer()
+        if any(is_spread(p) for p in self.parameters()):
+            return "the model is spread over processes; save the adapter, and merge it into a model that is whole."
         if isinstance(base, ReplacedLinear):
             kind = type(base).__name__
             return (
@@ -323,6 +344,20 @@ def dense_weight(base: nn.Module, backend: Any) -> Tensor:
     weight: Any = base.weight
     kind = kind_of(base)
     return matricize(weight.detach(), kind, int(base.groups) if kind == "conv" else 1)  # type: ignore[arg-type]
+
+
+def _working(delta: Delta) -> tuple[torch.dtype, dict[str, Tensor]]:
+    """The dtype in which an adapter acts, float32 or more, and what has to be cast for it.
+
+    Adapters are made in float32; ``model.to(dtype)`` and the mixed precision of FSDP cast them, or some of them.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in [*delta._parameters.items(), *delta._buffers.items()]
+        if tensor is not None and tensor.is_floating_point() and name != CHECK
+    }
+    work = torch.float64 if any(t.dtype == torch.float64 for t in tensors.values()) else torch.float32
+    return work, {name: tensor.to(work) for name, tensor in tensors.items() if tensor.dtype != work}
 
 
 def _shape(layout: Layout) -> tuple[int, ...]:

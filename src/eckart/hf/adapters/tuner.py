@@ -21,13 +21,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import PeftType, get_quantization_kwargs, register_peft_method, resolve_quantization_backend
 from torch import Tensor, nn
 
-from eckart.adaptation import CAP, Layout, Source, adapt_options, gains, get_adaptation, limit, spread_ranks
+from eckart.adaptation import CAP, Delta, Layout, Source, adapt_options, gains, get_adaptation, limit, spread_ranks
 from eckart.errors import EckartError, EckartWarning, InputError, NotFiniteError, problems
 from eckart.hf.adapter_files import WEIGHTS
 from eckart.hf.adapters.check import CHECK, compare
 from eckart.hf.adapters.config import PEFT_TYPE, WRITTEN_TYPE, AdapterConfig
-from eckart.hf.adapters.export import FOLDER, other_tensors, write_lora_copy
+from eckart.hf.adapters.export import FOLDER, write_lora_copy
 from eckart.hf.adapters.layers import LAYERS, AdapterLayer, dense_weight, kind_of, layout_of, refused
+from eckart.hf.adapters.sharded import gathered, whole
 from eckart.layers.linear import ReplacedLinear
 from eckart.linalg import leading_svd
 from eckart.moments import SiteMoments
@@ -180,10 +181,14 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        # Of spread numbers each process holds a part, so that none can save them without the others.
+        found = {key: gathered(value) if isinstance(value, Tensor) else value for key, value in found.items()}
         for name, layer in adapter_layers(model, adapter_name):
-            key = f"{name}.eckart_delta.{adapter_name}.{CHECK}"
-            if key in found and (value := layer.record(adapter_name)) is not None:
-                found[key] = value
+            stem = f"{name}.eckart_delta.{adapter_name}."
+            numbers = {n: found[stem + n] for n in layer.delta(adapter_name)._parameters if stem + n in found}
+            base = state_dict.get(f"{name}.base_layer.weight")
+            if stem + CHECK in found and (value := layer.record(adapter_name, numbers, base)) is not None:
+                found[stem + CHECK] = value
         return found
 
     @classmethod
@@ -248,7 +253,7 @@ def _after_saving(config: AdapterConfig, model: nn.Module, directory: str) -> No
     if not names or re.fullmatch(r"checkpoint-\d+", Path(directory).name):
         return
     try:
-        write_lora_copy(model, names[0], folder, config, other_tensors(Path(directory) / WEIGHTS))
+        write_lora_copy(model, names[0], folder, config, Path(directory) / WEIGHTS)
     except EckartError as error:
         shutil.rmtree(folder, ignore_errors=True)
         warnings.warn(
@@ -260,11 +265,16 @@ def _after_saving(config: AdapterConfig, model: nn.Module, directory: str) -> No
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """Sum of what the methods of the active adapters add to the loss, a scalar; 0 where they add nothing."""
+    """Sum of what the methods of the active adapters add to the loss, a scalar; 0 where they add nothing.
+
+    Where FSDP spreads the adapters over processes, all of them call it, and :func:`after_step` too.
+    """
     found = []
     for _, layer in adapter_layers(model):
-        if not layer.disable_adapters:
-            found += [p for _, delta in layer.active_deltas() if (p := delta.penalty()) is not None]
+        for _, delta in [] if layer.disable_adapters else layer.active_deltas():
+            if type(delta).penalty is not Delta.penalty:
+                with whole(delta):
+                    found += [p] if (p := delta.penalty()) is not None else []
     return torch.stack([p.to(found[0].device) for p in found]).sum() if found else torch.zeros(())
 
 
@@ -272,9 +282,10 @@ def penalty(model: nn.Module) -> Tensor:
 def after_step(model: nn.Module, step: int) -> None:
     """Call after every step of the optimiser, counted from 1, for methods that act then (retractions, new masks)."""
     for _, layer in adapter_layers(model):
-        if not layer.disable_adapters:
-            for _, delta in layer.active_deltas():
-                delta.after_step(step)
+        for _, delta in [] if layer.disable_adapters else layer.active_deltas():
+            if type(delta).after_step is not Delta.after_step:
+                with whole(delta):
+                    delta.after_step(step)
 
 
 def register() -> None:
