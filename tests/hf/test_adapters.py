@@ -16,7 +16,7 @@ from adapted_tiny_models import KINDS, LANGUAGE, build, inputs, outputs, targets
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TorchAoConfig
+from transformers import LlamaForCausalLM, TorchAoConfig
 
 import eckart
 from eckart.adaptation import ADAPTATIONS, Layout, adapt_options
@@ -459,19 +459,6 @@ def test_layers_that_cannot_be_served_are_named(llama: nn.Module) -> None:
     with pytest.raises(InputError, match="frequencies"):
         get_peft_model(table, eckart.AdapterConfig(method="eva", **of_table))
     assert {name: type(module) for name, module in llama.named_modules()} == before
-    mixture = MixtralForCausalLM(
-        MixtralConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=20,
-            num_local_experts=2,
-        )
-    )
-    with pytest.raises(InputError, match="fuses the experts of a mixture"):
-        get_peft_model(mixture, eckart.AdapterConfig(target_modules=["experts"]))
     attention = nn.Sequential(nn.TransformerEncoderLayer(8, 2))
     with pytest.raises(InputError, match="MultiheadAttention reads this weight"):
         get_peft_model(attention, eckart.AdapterConfig(target_modules=["out_proj"]))

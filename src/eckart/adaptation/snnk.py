@@ -107,7 +107,8 @@ def directions(count: int, dimension: int, orthogonal: bool, generator: torch.Ge
 def _vectors(layout: Layout) -> str | None:
     if layout.kind in ("linear", "conv1d"):
         return None
-    what = "an embedding reads entries" if layout.kind == "embedding" else "a convolution reads patches"
+    reads = {"embedding": "an embedding reads entries", "experts": "fused experts read their inputs inside"}
+    what = reads.get(layout.kind, "a convolution reads patches")
     return f"{what}, and the random features are those of one vector per output"
 
 

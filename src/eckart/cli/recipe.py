@@ -343,7 +343,7 @@ class AdapterOutput(Section):
     """The folder that is written."""
 
     folder: Annotated[str | None, Flag("--output", "DIR", short="-o")] = Field(
-        default=None, description="Folder to write: a LoRA for PEFT and how it was made."
+        default=None, description="Folder to write: an adapter for PEFT and how it was made."
     )
     overwrite: Annotated[bool | None, Flag("--overwrite", default="no")] = Field(
         default=None,

@@ -43,7 +43,9 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
     r: int | None = None
     """Rank of every layer; with a ``budget`` the most that one may get (default 64); None lets the method choose."""
     target_modules: str | list[str] | None = "all-linear"
-    """Names, ends of names, a regular expression, or ``all-linear`` (all but the output head), as in all of PEFT."""
+    """Names, ends of names, a regular expression, or ``all-linear`` (all but the output head), as in all of PEFT. The
+    fused experts of a mixture are named as their module (``experts``): not among ``all-linear``, each expert has the
+    rank for itself."""
     exclude_modules: str | list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the method, by name or as its ``Options``."""

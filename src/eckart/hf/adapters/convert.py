@@ -72,7 +72,11 @@ class Nearest:
                 faults.append(f"{name}: PEFT's LoRA drops the dilation and the padding mode of a convolution")
         if faults or not layers:
             raise EckartError(problems("no LoRA is near this adapter", faults or ["it has no layer"]))
-        self.bases: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in layers.items()}
+        self.bases: dict[str, tuple[nn.Module, str]] = {}
+        """The layers, and paths of their weights where they have several."""
+        for name, layer in layers.items():
+            layout = layer.delta(ADAPTER).layout
+            self.bases[name] = (layer.get_base_layer(), layout.name if layout.kind == "experts" else "")
         self.parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
         """Per slice, U √S (out, k) and √S Vh (k, in)."""
         self.norms: dict[str, float] = {}
@@ -90,19 +94,23 @@ class Nearest:
             self.kept[name] = torch.stack([f.S.double().square() for f in found]).sum(0).cumsum(0)
 
     def factors(self, rank: int) -> dict[str, LoraFactors]:
-        """The nearest LoRA with at most ``rank`` directions in each layer (shared by its slices)."""
+        """The nearest LoRA with at most ``rank`` directions in each layer, shared by its slices; each expert has them."""
         found = {}
         for name, parts in self.parts.items():
-            k = max(1, rank // len(parts))
+            k = self._each(name, rank)
             B, A = torch.stack([b[:, :k] for b, _ in parts]), torch.stack([a[:k] for _, a in parts])
-            found[name] = LoraFactors(B.float(), A.float(), self.bases[name])
+            found[name] = LoraFactors(B.float(), A.float(), *self.bases[name])
         return found
+
+    def _each(self, name: str, rank: int) -> int:
+        """Directions of one slice."""
+        return rank if self.bases[name][1] else max(1, rank // len(self.parts[name]))
 
     def weight_errors(self, rank: int) -> dict[str, float]:
         """‖ΔW − BA‖_F / ‖ΔW‖_F of every layer; 0 where ΔW is zero."""
         errors = {}
         for name, total in self.norms.items():
-            k = min(max(1, rank // len(self.parts[name])), self.kept[name].numel())
+            k = min(self._each(name, rank), self.kept[name].numel())
             left = max(total - float(self.kept[name][k - 1]), 0.0)
             errors[name] = (left / total) ** 0.5 if total > 0 else 0.0
         return errors

@@ -34,16 +34,26 @@ class LoraFactors:
     B: Tensor
     A: Tensor
     layer: nn.Module
+    parameter: str = ""
+    """Dotted path of the weight in the model, where the layer has several: fused experts."""
+
+    @property
+    def groups(self) -> int:
+        """Slices that share the rank; each expert has it for itself."""
+        return 1 if self.parameter else self.B.shape[0]
 
     @property
     def rank(self) -> int:
-        return self.B.shape[0] * self.B.shape[2]
+        return self.groups * self.B.shape[2]
 
     def tensors(self, rank: int) -> dict[str, Tensor]:
         """Under PEFT's names below the layer, filled up with zeros to ``rank``."""
         groups, m, k = self.B.shape
-        each = rank // groups
+        each = rank // self.groups
         A, B = pad(self.A, (0, 0, 0, each - k)), pad(self.B, (0, each - k))
+        if self.parameter:  # (experts · rank, in), and (out, rank · experts) with the experts next to each other
+            ordered = B.permute(1, 2, 0).reshape(m, -1).contiguous()
+            return {"lora_A.weight": A.reshape(-1, A.shape[2]).contiguous(), "lora_B.weight": ordered}
         if isinstance(self.layer, nn.Embedding):
             return {"lora_embedding_A": A[0].contiguous(), "lora_embedding_B": B[0].contiguous()}
         if not isinstance(self.layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -87,7 +97,8 @@ def lora_factors(
         ):
             wrong.append(f"{name}: PEFT's LoRA drops the dilation and the padding mode of a convolution")
         else:
-            found[name] = LoraFactors(factors[0].detach().cpu(), factors[1].detach().cpu(), base)
+            path = delta.layout.name if delta.layout.kind == "experts" else ""
+            found[name] = LoraFactors(factors[0].detach().cpu(), factors[1].detach().cpu(), base, path)
     return found, wrong
 
 
@@ -105,12 +116,13 @@ def write_lora_copy(model: nn.Module, adapter: str, folder: Path, config: Any, w
 
 def write_factors(found: Mapping[str, LoraFactors], folder: Path, config: Any, others: Mapping[str, Tensor]) -> None:
     """Write factors as one LoRA of uniform rank with α = r, whole or not at all, in place of what is there."""
-    step = math.lcm(*(f.B.shape[0] for f in found.values()))
+    step = math.lcm(*(f.groups for f in found.values()))
     rank = max(-(-f.rank // step) * step for f in found.values())
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(found),
+        target_modules=sorted(name for name, f in found.items() if not f.parameter),
+        target_parameters=sorted(f.parameter for f in found.values() if f.parameter) or None,
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=all(type(f.layer).__name__ == "Conv1D" for f in found.values()),
@@ -121,13 +133,26 @@ def write_factors(found: Mapping[str, LoraFactors], folder: Path, config: Any, o
         inference_mode=True,
     )
     tensors = dict(others)
-    for name, factors in found.items():
+    for name, factors in _named(found).items():
         tensors |= {f"{_STEM}{name}.{key}": value for key, value in factors.tensors(rank).items()}
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in lora.to_dict().items()}
     with atomic_folder(folder, overwrite=True) as new:
         (new / CONFIG).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / WEIGHTS).chmod((new / CONFIG).stat().st_mode & 0o777)
+
+
+def _named(found: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
+    """By the names that PEFT gives: it wraps the parameters of one module into each other, the first one innermost."""
+    named = {}
+    chosen = {factors.parameter for factors in found.values()}
+    for name, factors in found.items():
+        if factors.parameter:
+            name, _, own = factors.parameter.rpartition(".")
+            order = [p for p, _ in factors.layer.named_parameters(recurse=False) if f"{name}.{p}" in chosen]
+            name += ".base_layer" * (len(order) - 1 - order.index(own))
+        named[name] = factors
+    return named
 
 
 def other_tensors(weights: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from eckart.adaptation import Delta, Layout
-from eckart.arch.kinds import is_experts
+from eckart.arch.kinds import is_experts, unfit, weights_of
 from eckart.errors import EckartError, InputError, NotFiniteError
 from eckart.hf.adapters.check import CHECK, SIZE, compare, record
 from eckart.hf.adapters.sharded import gathered, is_spread, spread, standing_in
@@ -27,10 +27,7 @@ _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 def refused(module: nn.Module, quantised: bool) -> str | None:
     """Why no adapter can lie beside this module, a sentence without a subject; None where one can."""
     if is_experts(module):
-        return (
-            f"{type(module).__name__} fuses the experts of a mixture in one parameter. Target the experts with "
-            "peft.LoraConfig(target_parameters=…), or unfuse them"
-        )
+        return "the weights of its experts are quantised" if quantised else unfit(module)
     if hasattr(module, "parametrizations"):
         return "its weight is parametrised; remove the parametrisation first"
     if type(module).__name__ == "NonDynamicallyQuantizableLinear" or isinstance(module, nn.MultiheadAttention):
@@ -52,6 +49,8 @@ def refused(module: nn.Module, quantised: bool) -> str | None:
 
 def kind_of(module: nn.Module) -> SiteKind:
     """The kind of a module that is not :func:`refused`."""
+    if is_experts(module):
+        return "experts"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -59,9 +58,20 @@ def kind_of(module: nn.Module) -> SiteKind:
     return "conv1d" if isinstance(module, Conv1D) else "linear"
 
 
-def layout_of(name: str, module: Any) -> Layout:
-    """Sizes of a module that is not :func:`refused`, without looking at its numbers."""
+def adapted_parameters(name: str, module: nn.Module) -> dict[str, str]:
+    """The weights of a module that adapters change: the parameter's name by its own dotted path, or the module's where
+    there is one alone."""
+    if not is_experts(module):
+        return {name: "weight"}
+    return {f"{name}.{weight.parameter}": weight.parameter for weight in weights_of(module)}
+
+
+def layout_of(name: str, module: Any, parameter: str = "weight") -> Layout:
+    """Sizes of a weight of a module that is not :func:`refused`, without looking at its numbers."""
     kind = kind_of(module)
+    if kind == "experts":
+        experts, m, n = getattr(module, parameter).shape
+        return Layout(name=name, kind=kind, slices=int(experts), out_features=int(m), in_features=int(n))
     if kind == "conv":
         groups, shape = int(module.groups), tuple(module.weight.shape)
         inner = torch.Size(shape[1:]).numel()
@@ -89,13 +99,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     Merging adds in float32 and rounds once; the old weight is kept, and unmerging puts it back, bit for bit.
     """
 
+    parameter_name: str = "weight"
+    """Of the base layer, which the adapter changes."""
     adapter_layer_names = ("eckart_delta",)
     other_param_names = ("eckart_dropout",)
     eckart_delta: nn.ModuleDict
     # What BaseTunerLayer brings, said for type checkers, which would look for children of the module.
     get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
-    set_base_weight: Callable[[Tensor], None]
     set_adapter: Callable[..., None]
     merged: bool
     disable_adapters: bool
@@ -136,7 +146,26 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def dense_weight(self) -> Tensor:
         """The base weight (slices, out, in) as it acts, dequantised. Raises InputError where it cannot be had."""
-        return dense_weight(self.get_base_layer(), self.quantization_backend)
+        return dense_weight(self.get_base_layer(), self.quantization_backend, self.parameter_name)
+
+    def get_base_weight(self) -> Tensor:
+        if self.quantization_backend is not None:
+            return self.quantization_backend.get_base_weight(self.get_base_layer())  # type: ignore[no-any-return]
+        return getattr(self.get_base_layer(), self.parameter_name).data  # type: ignore[no-any-return]
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        if self.quantization_backend is not None:
+            self.quantization_backend.set_base_weight(self, weight_data)
+        else:
+            getattr(self.get_base_layer(), self.parameter_name).data = weight_data
+
+    @property
+    def base_key(self) -> str:
+        """The changed weight's name in a state dict, from this layer on; adapters of experts lie inside each other."""
+        depth, inner = 1, self.base_layer
+        while isinstance(inner, BaseTunerLayer):
+            depth, inner = depth + 1, inner.base_layer
+        return "base_layer." * depth + self.parameter_name
 
     def delta(self, adapter_name: str) -> Delta:
         """The adapter of that name."""
@@ -247,7 +276,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if safe_merge and not merged.isfinite().all():
             raise NotFiniteError(f"the merged weight holds NaN or Inf; the adapters {names} are broken.")
         if self._before is None:
-            self._before = (base, base.weight, base.weight.data)
+            stored = getattr(base, self.parameter_name)
+            self._before = (base, stored, stored.data)
         self.set_base_weight(merged.to(weight.dtype))
         self.merged_adapters.extend(names)
 
@@ -258,7 +288,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         base, parameter, data = self._before
         if self.get_base_layer() is not base:
             self.base_layer = base
-        base.weight = parameter
+        setattr(base, self.parameter_name, parameter)
         parameter.data = data
         self._before = None
         self.merged_adapters.clear()
@@ -322,6 +352,52 @@ class AdapterEmbedding(AdapterLayer):
         return found if scale is None else found * scale.to(found.dtype)
 
 
+class AdapterExperts(AdapterLayer):
+    """Beside one fused parameter (experts, out, in) of the experts of a mixture.
+
+    The experts run with W + ΔW in place of W, in W's dtype, so that their own routing and kernels serve: a sum of W's
+    size per forward pass, and a gradient of that size. What is beside a second parameter lies around this one.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, **kwargs)
+        self.parameter_name = parameter_name
+
+    def update_layer(self, adapter_name: str, delta: Delta, dropout: float, inference_mode: bool) -> None:
+        if dropout:
+            raise InputError(f"{delta.layout.name}: experts take their input inside, so dropout is 0 here; got {dropout}.")
+        super().update_layer(adapter_name, delta, dropout, inference_mode)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        weight = getattr(base_layer, self.parameter_name)
+        return weight.device, weight.dtype
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters or self.merged else self.active_deltas()
+        base = self.get_base_layer()
+        weight: Tensor = getattr(base, self.parameter_name)
+        changed = weight
+        for _, delta in active:
+            with standing_in(delta, _working(delta)[1]):
+                changed = changed + delta.delta()
+        with standing_in(base, {self.parameter_name: changed.to(weight.dtype)} if active else {}):
+            found: Tensor = self.base_layer(x, *args, **kwargs)
+        return found
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """For PEFT: the experts without what lies around them, merged or as they were."""
+        layer: nn.Module = self
+        while isinstance(layer, AdapterExperts):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+
 LAYERS: dict[SiteKind, type[AdapterLayer]] = {
     "linear": AdapterLinear,
     "conv1d": AdapterLinear,
@@ -330,7 +406,7 @@ LAYERS: dict[SiteKind, type[AdapterLayer]] = {
 }
 
 
-def dense_weight(base: nn.Module, backend: Any) -> Tensor:
+def dense_weight(base: nn.Module, backend: Any, parameter: str = "weight") -> Tensor:
     """The weight (slices, out, in) of a layer, detached and dequantised.
 
     Raises InputError where a quantised layer does not give it back.
@@ -341,7 +417,7 @@ def dense_weight(base: nn.Module, backend: Any) -> Tensor:
         if not backend.supports_merge:
             raise InputError(f"{backend.backend_name} layers do not give their weight back")
         return backend.get_base_weight(base).detach()[None]  # type: ignore[no-any-return]
-    weight: Any = base.weight
+    weight: Any = getattr(base, parameter)
     kind = kind_of(base)
     return matricize(weight.detach(), kind, int(base.groups) if kind == "conv" else 1)  # type: ignore[arg-type]
 
@@ -365,5 +441,7 @@ def _shape(layout: Layout) -> tuple[int, ...]:
     if layout.kind == "conv":
         channels = layout.in_features // torch.Size(layout.kernel).numel()
         return (layout.slices * layout.out_features, channels, *layout.kernel)
+    if layout.kind == "experts":
+        return (layout.slices, layout.out_features, layout.in_features)
     shape = (layout.out_features, layout.in_features)
     return shape[::-1] if layout.kind in ("conv1d", "embedding") else shape

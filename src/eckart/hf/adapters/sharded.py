@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from eckart.adaptation import Delta
@@ -34,16 +34,16 @@ def spread(delta: Delta) -> bool:
 
 
 @contextmanager
-def standing_in(delta: Delta, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The adapter with other tensors in place of some of its own, by name."""
-    parameters, buffers = dict(delta._parameters), dict(delta._buffers)
+def standing_in(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module with other tensors in place of some of its parameters and buffers, by name."""
+    parameters, buffers = dict(module._parameters), dict(module._buffers)
     for name, value in values.items():
-        (delta._parameters if name in parameters else delta._buffers)[name] = value  # type: ignore[assignment]
+        (module._parameters if name in parameters else module._buffers)[name] = value  # type: ignore[assignment]
     try:
         yield
     finally:
-        delta._parameters.update(parameters)
-        delta._buffers.update(buffers)
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
 
 
 @contextmanager

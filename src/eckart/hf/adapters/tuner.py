@@ -27,7 +27,7 @@ from eckart.hf.adapter_files import WEIGHTS
 from eckart.hf.adapters.check import CHECK, compare
 from eckart.hf.adapters.config import PEFT_TYPE, WRITTEN_TYPE, AdapterConfig
 from eckart.hf.adapters.export import FOLDER, write_lora_copy
-from eckart.hf.adapters.layers import LAYERS, AdapterLayer, dense_weight, kind_of, layout_of, refused
+from eckart.hf.adapters.layers import LAYERS, AdapterExperts, AdapterLayer, adapted_parameters, dense_weight, layout_of, refused
 from eckart.hf.adapters.sharded import gathered, whole
 from eckart.layers.linear import ReplacedLinear
 from eckart.linalg import leading_svd
@@ -46,11 +46,16 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
         """Check every target and settle every rank before anything is changed."""
         _all_linear(peft_config, model)
         self._quantization = get_quantization_kwargs(model)
-        targets = dict(self._targets(peft_config, model))
-        faults = [f"{name}: {why}" for name, base in targets.items() if (why := refused(base, self._quantised(base)))]
+        modules = dict(self._targets(peft_config, model))
+        faults = [f"{name}: {why}" for name, base in modules.items() if (why := refused(base, self._quantised(base)))]
         if faults:
             raise InputError(problems("these layers cannot be adapted", faults))
         if not peft_config.saved:
+            targets = {
+                path: (base, parameter)
+                for name, base in modules.items()
+                for path, parameter in adapted_parameters(name, base).items()
+            }
             peft_config.ranks = self._ranks(peft_config, model, targets)
 
     def _targets(self, config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -67,35 +72,38 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
     def _quantised(self, base: nn.Module) -> bool:
         return resolve_quantization_backend(base, **self._quantization) is not None
 
-    def _source(self, config: AdapterConfig, layout: Layout, base: nn.Module) -> Source:
+    def _source(self, config: AdapterConfig, layout: Layout, base: nn.Module, parameter: str) -> Source:
         method = get_adaptation(config.method)
-        weight = dense_weight(base, resolve_quantization_backend(base, **self._quantization))
+        weight = dense_weight(base, resolve_quantization_backend(base, **self._quantization), parameter)
         moments: tuple[SiteMoments, ...] = ()
         if config._moments is not None and (method.needs or config.budget is not None):
             moments = tuple(config._moments.site(layout.name, slice=i) for i in range(layout.slices))
         decompose = leading_svd if config._cache is None else config._cache
         return Source(layout=layout, weight=weight, seed=config.seed, moments=moments, decompose=decompose)
 
-    def _ranks(self, config: AdapterConfig, model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, int]:
-        """The rank of every target. Raises InputError and NotFiniteError with everything that is wrong."""
+    def _ranks(
+        self, config: AdapterConfig, model: nn.Module, targets: dict[str, tuple[nn.Module, str]]
+    ) -> dict[str, int]:
+        """The rank of every target, a module and the name of its weight. Raises InputError and NotFiniteError with everything that is wrong."""
         method, options = get_adaptation(config.method), adapt_options(get_adaptation(config.method), config.options)
         if method.needs and config._moments is None:
             raise InputError(
                 f"method {method.name!r} starts from the moments of the inputs ({', '.join(sorted(method.needs))}); "
                 "collect them with eckart.calibrate and give AdapterConfig(moments=…)."
             )
-        layouts = {name: layout_of(name, base) for name, base in targets.items()}
+        layouts = {name: layout_of(name, *target) for name, target in targets.items()}
         faults, broken, ranks = [], [], {}
         for name, layout in layouts.items():
             if why := method.delta.fits(layout, options):
                 faults.append(f"{name}: method {method.name!r} cannot serve it: {why}")
                 continue
-            weight = getattr(targets[name], "weight", None)
+            base, parameter = targets[name]
+            weight = getattr(base, parameter, None)
             if isinstance(weight, Tensor) and weight.is_meta:
                 ranks[name] = min(config.r or CAP, method.delta.most(layout, options))
                 continue
             try:
-                source = self._source(config, layout, targets[name])
+                source = self._source(config, layout, base, parameter)
             except InputError as error:
                 faults.append(f"{name}: {error}")
                 continue
@@ -116,7 +124,7 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
         if config.budget is None:
             return ranks
         spread = config.spread or ("activation" if "second" in method.needs else "weight")
-        worth = [gains(self._source(config, layouts[n], targets[n]), spread, most) for n, most in ranks.items()]
+        worth = [gains(self._source(config, layouts[n], *targets[n]), spread, most) for n, most in ranks.items()]
         allowed = limit(Budget(**config.budget), list(layouts.values()), sum(p.numel() for p in model.parameters()))
         costs = [lambda rank, at=layouts[n]: method.delta.cost(at, rank, options) for n in ranks]
         return dict(zip(ranks, spread_ranks(worth, costs, allowed), strict=True))
@@ -132,6 +140,28 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
         parameter_name: str | None = None,
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        weights = adapted_parameters(current_key, base)
+        if len(weights) > 1 and any(peft_config.ranks.get(path, 0) for path in weights):
+            # Around all of them, also those that get no rank, so that names in files do not depend on that.
+            for weight in [] if isinstance(target, AdapterLayer) else weights.values():
+                target = AdapterExperts(target, weight, **self._quantization)
+                target._active_adapter = adapter_name
+            self._replace_module(parent, target_name, target.train(base.training), base)
+        for path, weight in weights.items():
+            self._put(peft_config, adapter_name, parent.get_submodule(target_name), target_name, parent, path, weight)
+
+    def _put(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter: str,
+    ) -> None:
+        """Put the adapter of one weight beside the others of its module, or around its module."""
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if current_key not in peft_config.ranks:
             raise InputError(
                 f"{current_key} is not among the layers that this adapter was made for: {len(peft_config.ranks)}, as "
@@ -142,20 +172,21 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
             return
         method = get_adaptation(peft_config.method)
         options = adapt_options(method, peft_config.options)
-        layout = layout_of(current_key, base)
+        layout = layout_of(current_key, base, parameter)
         delta = method.delta(layout, rank, options)
         done = sum(1 for name in peft_config.ranks if name < current_key)
         peft_config._progress("start adapters", done, len(peft_config.ranks))
-        meta = any(p.is_meta for p in delta.parameters()) or getattr(base, "weight", torch.empty(0)).is_meta
+        meta = any(p.is_meta for p in delta.parameters()) or getattr(base, parameter, torch.empty(0)).is_meta
         if not peft_config.saved and not meta:
-            delta.start(self._source(peft_config, layout, base))
+            delta.start(self._source(peft_config, layout, base, parameter))
             delta.started = True
-        if not isinstance(target, AdapterLayer):
-            layer: AdapterLayer = LAYERS[kind_of(base)](target, **self._quantization)
+        present = _beside(target, parameter)
+        if present is None:
+            layer: AdapterLayer = LAYERS[layout.kind](target, **self._quantization)
             layer._active_adapter = adapter_name
             self._replace_module(parent, target_name, layer.train(target.training), target)
         else:
-            layer = target
+            layer = present
         layer.update_layer(adapter_name, delta, peft_config.dropout, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             delta.requires_grad_(False)
@@ -186,7 +217,7 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
         for name, layer in adapter_layers(model, adapter_name):
             stem = f"{name}.eckart_delta.{adapter_name}."
             numbers = {n: found[stem + n] for n in layer.delta(adapter_name)._parameters if stem + n in found}
-            base = state_dict.get(f"{name}.base_layer.weight")
+            base = state_dict.get(f"{name}.{layer.base_key}")
             if stem + CHECK in found and (value := layer.record(adapter_name, numbers, base)) is not None:
                 found[stem + CHECK] = value
         return found
@@ -223,6 +254,15 @@ def _all_linear(config: AdapterConfig, model: Any) -> None:
     own = {name: module for name, module in model.named_modules() if isinstance(module, ReplacedLinear)}
     plain = {name for name in config.target_modules if not any(name.startswith(f"{outer}.") for outer in own)}
     config.target_modules = sorted(plain | {name for name, module in own.items() if module is not head})
+
+
+def _beside(module: nn.Module, parameter: str) -> AdapterLayer | None:
+    """The layer of adapters that changes this weight already."""
+    while isinstance(module, AdapterLayer):
+        if module.parameter_name == parameter:
+            return module
+        module = module.base_layer
+    return None
 
 
 def _asked(config: AdapterConfig, name: str) -> int | None:
