@@ -201,7 +201,9 @@ def options_table(method: Any) -> str:
     meanings = field_docstrings(method.options)
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(method.options):
-        lines.append(table_row((f"`{field.name}`", f"`{field.default}`", meanings.get(field.name, ""))))
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        lines.append(table_row((f"`{field.name}`", f"`{default}`", meanings.get(field.name, ""))))
     return "\n".join(lines) if len(lines) > 2 else "None."
 
 
