@@ -12,9 +12,11 @@ from peft import OSFConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 import eckart
 from eckart.adaptation.fedsvd import server_round
-from eckart.adaptation.osf import energy_shares, leak
+from eckart.adaptation.osf import energy_shares, importance_shares, leak
+from eckart.arch import find_sites
 from eckart.errors import EckartWarning, InputError
-from eckart.hf.adapters.tuner import adapter_layers
+from eckart.hf.adapters.tuner import adapter_layers, after_step
+from eckart.moments import collect
 from eckart.records import Budget
 
 KIND, DTYPE = "linear", torch.float32
@@ -68,6 +70,28 @@ def test_one_vector_is_trained_and_stays_one_after_loading(tmp_path: Path) -> No
         assert torch.equal(outputs(again.eval(), KIND, DTYPE), outputs(model.eval(), KIND, DTYPE))
 
 
+def test_a_shared_vector_is_counted_once_and_stays_one_in_transformers(tmp_path: Path) -> None:
+    model = get_peft_model(build(KIND), eckart.AdapterConfig(method="said", r=40, task_type="CAUSAL_LM"))
+    deltas = [layer.delta("default") for _, layer in adapter_layers(model)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(delta.parameter_count() for delta in deltas) == trained == model.get_nb_trainable_parameters()[0]
+    train(model, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EckartWarning)
+        model.save_pretrained(str(tmp_path))
+    plain = build(KIND)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(outputs(plain, KIND, DTYPE), outputs(model.eval(), KIND, DTYPE))
+    assert len({id(layer.delta("default").theta) for _, layer in adapter_layers(plain)}) == 1
+
+
+def test_a_new_selection_asks_for_a_restart_of_the_optimiser() -> None:
+    model = get_peft_model(build(KIND), eckart.AdapterConfig(method="sara", r=2, options={"reselect": 2}))
+    assert [after_step(model, step) for step in (1, 2, 3)] == [False, True, False]
+    other = get_peft_model(build(KIND), eckart.AdapterConfig(method="pissa", r=2))
+    assert after_step(other, 2) is False
+
+
 def test_a_shared_vector_has_no_budget_and_one_rank() -> None:
     with pytest.raises(InputError, match="share their numbers"):
         eckart.AdapterConfig(method="said", budget=Budget(parameters=500))
@@ -98,6 +122,39 @@ def test_protected_shares_by_layer_and_nothing_leaks() -> None:
         )
         assert float(delta.delta().detach().norm()) > 0
         assert leak(delta.delta(), delta.U, delta.Vh) < 1e-6
+
+
+def test_protected_shares_are_measured_once_and_stored(tmp_path: Path) -> None:
+    base = build(KIND)
+    weights = {n: m.weight for n, m in base.named_modules() if n.endswith("proj")}
+    wanted = energy_shares(weights, 0.6)
+    given = {"model.layers.0.self_attn.q_proj": 0.25}
+    settings = {"adaptive": "energy", "energy": 0.6, "layers": given}
+    model = get_peft_model(base, eckart.AdapterConfig(method="osf", r=2, options=settings))
+    assert model.peft_config["default"].options["layers"] == wanted | given
+    train(model, 0)
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(build(KIND), str(tmp_path))
+    assert again.peft_config["default"].options["layers"] == wanted | given
+    assert torch.equal(outputs(again.eval(), KIND, DTYPE), outputs(model.eval(), KIND, DTYPE))
+
+
+def test_protected_shares_by_importance_need_gradients() -> None:
+    base = build(KIND)
+    batches = [{"input_ids": torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(0))}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EckartWarning)
+        full = collect(base, batches, find_sites(base), gradients="full")
+        without = collect(base, batches, find_sites(base), gradients="none")
+    options = {"adaptive": "importance"}
+    model = get_peft_model(base, eckart.AdapterConfig(method="osf", r=1, options=options, moments=full))
+    found = model.peft_config["default"].options["layers"]
+    sizes = {n: full.site(n).diagonal.sum().sqrt() * full.site(n).gradient_scale ** 0.5 for n in found}  # type: ignore[operator, union-attr]
+    assert found == pytest.approx(importance_shares({n: float(size) for n, size in sizes.items()}))
+    assert len(found) == 14
+    for moments in (None, without):
+        with pytest.raises(InputError, match="needs moments with gradients"):
+            get_peft_model(build(KIND), eckart.AdapterConfig(method="osf", r=1, options=options, moments=moments))
 
 
 def test_layers_without_small_entries_are_left_out_with_a_warning() -> None:

@@ -1,4 +1,4 @@
-"""Two processes that train an adapter, on copies of the model or on parts of it, get what one gets, and save it whole."""
+"""Two processes that train an adapter, on copies of the model or parts of it, get what one gets, and save it whole."""
 
 from __future__ import annotations
 

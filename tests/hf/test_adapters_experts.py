@@ -188,7 +188,7 @@ def test_gradient_checkpointing_and_compile() -> None:
 def test_what_cannot_be_served_says_why() -> None:
     with pytest.raises(InputError, match=r"experts\.gate_up_proj: method 'snnk' cannot serve it: fused experts read"):
         adapted("snnk", mixture())
-    with pytest.raises(InputError, match="dropout is 0 here; got 0.1"):
+    with pytest.raises(InputError, match=r"dropout is 0 here; got 0\.1"):
         adapted("lora", mixture(), dropout=0.1)
     other = GptOssConfig(
         hidden_size=16,

@@ -29,6 +29,21 @@ def outputs(folder) -> torch.Tensor:
         return model(input_ids=torch.arange(1, 33)[None])[0].float()
 
 
+@pytest.mark.parametrize("samples", [24, 23], ids=["of one size", "the last one smaller"])
+def test_more_than_ten_batches(tmp_path, samples):
+    """Files list their tensors by name, ``10`` before ``2``: every batch must meet its own gradients."""
+    asked = {**ASKED, "samples": samples, "batch_size": 2}
+    folder = tiny("llama", tmp_path / "model")
+    streamed = eckart.compress_stream(folder, tmp_path / "streamed", **asked)
+    whole = in_memory(folder, **asked)
+    assert streamed.plan.steps == whole.plan.steps
+    for one, other in zip(streamed.outcome.layers, whole.outcome.layers, strict=True):
+        assert one.form == other.form
+        if one.form != "dense":
+            assert one.held_out == pytest.approx(other.held_out, rel=1e-9)
+            assert one.loss == pytest.approx(other.loss, rel=1e-9)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_streamed_model_is_the_one_made_in_memory(name, tmp_path):
     folder = tiny(name, tmp_path / "model")

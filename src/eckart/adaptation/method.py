@@ -9,7 +9,7 @@ what a LoRA file stores, so that a model with the exported file computes bit for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, ClassVar
@@ -160,8 +160,12 @@ class Delta(nn.Module):
         """A scalar that the method adds to the loss, or None."""
         return None
 
-    def after_step(self, step: int) -> None:
-        """Called after every step of the optimiser, counted from 1, without gradients."""
+    def after_step(self, step: int) -> bool:
+        """Called after every step of the optimiser, counted from 1, without gradients.
+
+        True asks for a restart of the optimiser: what it keeps of earlier steps is no longer about these numbers.
+        """
+        return False
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -191,6 +195,9 @@ class AdaptMethod:
     """Moments that ``start`` reads; they come from a calibration."""
     budgeted: bool = True
     """Whether a budget can be spread over its layers; False where they share their numbers."""
+    settle: Callable[[Any, Iterable[Source]], Any] | None = None
+    """Called with the options and all layers of a fresh adapter, for options that are measured: what it returns is
+    stored with the adapter, so that all sizes follow from it."""
     tie: Callable[[Sequence[Delta]], None] | None = None
     """Called with all of an adapter's deltas after they were made and after they were loaded, to share numbers."""
     claim: Claim

@@ -6,6 +6,7 @@ the change, by how it is written and not by what happens to gradients.
 *Formula.* U_k S_k V_kᵀ = SVD_k(W), k = ``protect`` · full rank; ΔW = (I − U_kU_kᵀ) B A (I − V_kV_kᵀ), B = 0 and A
 uniform in ±1/√in at the start, so U_kᵀ ΔW = 0 and ΔW V_k = 0 whatever the optimiser does. ``layers`` sets the share
 layer by layer: :func:`energy_shares` from the spectra, :func:`importance_shares` from how much each layer matters.
+``adaptive`` measures them when the adapter is made and stores them in ``layers``.
 
 *Cost.* r (out + in) numbers to train, k (out + in) saved beside them; 2 r k (out + in) multiply-adds a step for the
 projections. One leading SVD per weight.
@@ -22,7 +23,8 @@ see “leak” in the claim. Here the change has rank r (any rank up to the full
 nothing leaks, and it is an exact LoRA that unmerges. The paper's share for layer l is least + I_l (target − least),
 with I_l the mean cosine of a layer's input and output over that of all layers; :func:`importance_shares` computes that
 from any importances, with least 0.1 and target 0.8 by default. Cosines need inputs and outputs of equal size, so take
-them around whole blocks.
+them around whole blocks; ``adaptive="importance"`` takes the size of the gradient of the loss instead, which every map
+has.
 
 *Reference.* N. S. Nayak, K. Killamsetty, L. Han, A. Bhandwaldar, P. Chanda, K. Xu, H. Wang, A. Pareja, O. Silkin, M.
 Eyceoz, A. Srivastava, “Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning”, 2025,
@@ -43,9 +45,9 @@ True
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,10 +70,18 @@ class Options:
     """Share of the full rank whose directions stay as they are, in [0, 1)."""
     layers: Mapping[str, float] = field(default_factory=dict)
     """The share of single layers, by their dotted path, instead of ``protect``."""
+    adaptive: Literal["no", "energy", "importance"] = "no"
+    """How the shares of the other layers are measured when the adapter is made; they are stored in ``layers``."""
+    energy: float = 0.5
+    """Share of ‖W‖² that is protected with ``adaptive="energy"``, in (0, 1)."""
 
     def __post_init__(self) -> None:
         shares = {"protect": self.protect, **{f"layers[{name!r}]": share for name, share in self.layers.items()}}
         wrong = [f"{name} is a share in [0, 1); got {share!r}" for name, share in shares.items() if not 0 <= share < 1]
+        if self.adaptive not in ("no", "energy", "importance"):
+            wrong.append(f"adaptive is 'no', 'energy' or 'importance'; got {self.adaptive!r}")
+        if not 0 < self.energy < 1:
+            wrong.append(f"energy is a share in (0, 1); got {self.energy!r}")
         if wrong:
             raise InputError(problems("method 'osf'", wrong))
 
@@ -168,6 +178,41 @@ def importance_shares(
     return {name: min(max(least + v / mean * (target - least), 0.0), most) for name, v in importance.items()}
 
 
+def measured(options: Options, sources: Iterable[Source]) -> Options:
+    """The options with the share of every layer that has none, as ``adaptive`` asks.
+
+    - ``energy``: :func:`energy_shares`, the largest over the slices of a layer.
+    - ``importance``: :func:`importance_shares` of I_l = (Σ E‖x‖² E‖g‖²)^½ over slices, the size of the gradient of the
+      loss with respect to W_l; needs moments with gradients.
+
+    Raises InputError where moments are missing.
+    """
+    if options.adaptive == "no":
+        return options
+    shares: dict[str, float] = {}
+    importance: dict[str, float] = {}
+    for source in sources:
+        name = source.layout.name
+        if name in options.layers:
+            continue
+        if options.adaptive == "energy":
+            shares[name] = max(energy_shares({name: W}, options.energy)[name] for W in source.weight)
+            continue
+        total = 0.0
+        for moments in source.moments:
+            if moments.diagonal is not None and moments.gradient_scale is not None:
+                total += float(moments.diagonal.sum()) * moments.gradient_scale
+        if not total > 0:
+            raise InputError(
+                f"method 'osf': adaptive='importance' needs moments with gradients, and {name} has none. Collect them "
+                "with eckart.calibrate and give AdapterConfig(moments=…), or take adaptive='energy'."
+            )
+        importance[name] = math.sqrt(total)
+    if importance:
+        shares = importance_shares(importance)
+    return replace(options, layers={**shares, **options.layers})
+
+
 class _Projected(Delta):
     """The paper's form: triplets below the leading k, trained by projected gradients."""
 
@@ -261,6 +306,7 @@ METHOD = AdaptMethod(
     options=Options,
     delta=OsfDelta,
     exact=True,
+    settle=measured,
     claim=Claim(
         statement="Under AdamW nothing of the change touches the protected directions, where projected gradients leak "
         "more than 1 %; and per nat gained on new text less is lost on the old than with LoRA.",

@@ -118,6 +118,11 @@ class SaidDelta(Delta):
         super()._load_from_state_dict(*args)
         self._map.clear()
 
+    def parameter_count(self) -> int:
+        """Without θ in all layers but the first, so that the layers' counts add up to what is trained."""
+        shared = self.theta.numel() if self._first and self._first[0] is not self else 0
+        return super().parameter_count() - shared
+
     def arrived(self) -> None:
         if self._first:
             self.theta = self._first[0].theta

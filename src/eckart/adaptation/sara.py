@@ -22,8 +22,9 @@ there it is those two that cost.
 *Departs from the paper in.* The official optimiser's packed values are the absolute ones of the weights, which flips
 the sign of every small negative weight at the first step; here values keep their sign, and the first output is the
 model's. It also takes the learning rate from the threshold, 10⁻³ e^(−350 τ), and restarts itself after the new
-selection; a method has no say over the optimiser here, so frozen entries are held whatever its momentum does. One layer
-at random per step is one in turn here, and needs ``eckart.hf.adapters.tuner.after_step``. As official: λ = 5·10⁻⁴, the
+selection; here frozen entries are held whatever the optimiser's momentum does, and a restart is asked for: where
+``eckart.hf.adapters.tuner.after_step`` returns True, ``optimizer.state.clear()`` makes it, and is left to the loop. One
+layer at random per step is one in turn here, and needs that function. As official: λ = 5·10⁻⁴, the
 new selection after 2500 steps, and no penalty where a side is 64 or less.
 
 *Reference.* T. Hu, J. Zhang, R. Yi, H. Huang, Y. Wang, L. Ma, “SaRA: High-Efficient Diffusion Model Fine-tuning with
@@ -40,6 +41,7 @@ Progressive Sparse Low-Rank Adaptation”, 2024, https://arxiv.org/abs/2409.0663
 >>> (delta.delta()[0] != 0).sum(1).tolist()
 [2, 1, 2, 2]
 >>> delta.after_step(1)  # 0.5 was the largest that was picked, and is 0.6 now
+True
 >>> int(delta.open.sum())
 6
 """
@@ -157,12 +159,14 @@ class SaraDelta(Delta):
         return strength * (polar_factor(picked.detach()) * picked).sum()
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> bool:
         self.steps = step
-        if self.options.reselect and step == self.options.reselect:
-            change = self.change()
-            limit = self.origin.abs().max().clamp(min=self.options.threshold)
-            self.fill(held=change, open=(self.origin + change).abs() < limit)
+        if not self.options.reselect or step != self.options.reselect:
+            return False
+        change = self.change()
+        limit = self.origin.abs().max().clamp(min=self.options.threshold)
+        self.fill(held=change, open=(self.origin + change).abs() < limit)
+        return True
 
 
 def take_turns(deltas: Sequence[Delta]) -> None:

@@ -23,7 +23,7 @@ from eckart.errors import FileError, InputError
 from eckart.linalg import SVD, leading_svd
 from eckart.records import Progress, silent
 
-ALGORITHM = "krylov-1"
+ALGORITHM = "krylov-2"
 """Names what :func:`eckart.linalg.leading_svd` does; a change of its results changes this name."""
 _KEY = "eckart"
 

@@ -146,7 +146,8 @@ class _Steps(TrainerCallback):  # type: ignore[misc]
         self.interrupted = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        after_step(self.model, state.global_step)
+        if after_step(self.model, state.global_step) and kwargs.get("optimizer") is not None:
+            kwargs["optimizer"].state.clear()
         self.progress("train", state.global_step, state.max_steps)
         if self.interrupted:
             control.should_save = control.should_training_stop = True

@@ -249,6 +249,12 @@ def _without_tokens(
     return found
 
 
+def _in_order(tensors: Mapping[str, Tensor]) -> Layout:
+    """The layout of what lies under ``batch`` or ``batch.probe``: by number, while files list ``10`` before ``2``."""
+    names = sorted(tensors, key=lambda name: [int(part) for part in name.split(".")])
+    return {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
+
+
 class _Pass:
     """Makes the units of one run."""
 
@@ -268,7 +274,7 @@ class _Pass:
                 states = (route.start(batch) for batch in measure.batches)
             else:
                 known = self._read(inputs_unit(block - 1))
-                layout = {name: (state.dtype, tuple(state.shape)) for name, state in known.items()}
+                layout = _in_order(known)
                 states = (route.call(block - 1, batch)(known[str(i)]) for i, batch in enumerate(measure.batches))
             unit = inputs_unit(block)
             with route.holding(block - 1) if block else contextlib.nullcontext():
@@ -325,7 +331,7 @@ class _Pass:
         with measure.route.holding(block):
             for group, make in work or ([([], _nothing)] if leaves else []):
                 if leaves and unit not in files:
-                    layout = {name: (value.dtype, tuple(value.shape)) for name, value in arriving.items()}
+                    layout = _in_order(arriving)
                     with TensorWriter(self._folder / unit, layout) as writer:
                         moments = self._collect(block, group, entering, arriving, writer)
                     self._journal.seconds += writer.seconds

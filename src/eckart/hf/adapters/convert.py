@@ -94,7 +94,7 @@ class Nearest:
             self.kept[name] = torch.stack([f.S.double().square() for f in found]).sum(0).cumsum(0)
 
     def factors(self, rank: int) -> dict[str, LoraFactors]:
-        """The nearest LoRA with at most ``rank`` directions in each layer, shared by its slices; each expert has them."""
+        """The nearest LoRA with at most ``rank`` directions in each layer, shared by its groups, and in each expert."""
         found = {}
         for name, parts in self.parts.items():
             k = self._each(name, rank)

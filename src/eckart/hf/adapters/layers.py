@@ -365,7 +365,9 @@ class AdapterExperts(AdapterLayer):
 
     def update_layer(self, adapter_name: str, delta: Delta, dropout: float, inference_mode: bool) -> None:
         if dropout:
-            raise InputError(f"{delta.layout.name}: experts take their input inside, so dropout is 0 here; got {dropout}.")
+            raise InputError(
+                f"{delta.layout.name}: experts read their inputs inside, so dropout is 0 here; got {dropout}."
+            )
         super().update_layer(adapter_name, delta, dropout, inference_mode)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:

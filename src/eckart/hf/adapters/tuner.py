@@ -12,6 +12,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,15 @@ from eckart.hf.adapter_files import WEIGHTS
 from eckart.hf.adapters.check import CHECK, compare
 from eckart.hf.adapters.config import PEFT_TYPE, WRITTEN_TYPE, AdapterConfig
 from eckart.hf.adapters.export import FOLDER, write_lora_copy
-from eckart.hf.adapters.layers import LAYERS, AdapterExperts, AdapterLayer, adapted_parameters, dense_weight, layout_of, refused
+from eckart.hf.adapters.layers import (
+    LAYERS,
+    AdapterExperts,
+    AdapterLayer,
+    adapted_parameters,
+    dense_weight,
+    layout_of,
+    refused,
+)
 from eckart.hf.adapters.sharded import gathered, whole
 from eckart.layers.linear import ReplacedLinear
 from eckart.linalg import leading_svd
@@ -56,7 +65,23 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
                 for name, base in modules.items()
                 for path, parameter in adapted_parameters(name, base).items()
             }
+            self._settle(peft_config, targets)
             peft_config.ranks = self._ranks(peft_config, model, targets)
+
+    def _settle(self, config: AdapterConfig, targets: dict[str, tuple[nn.Module, str]]) -> None:
+        """Measure the options that a method takes from the weights or moments. Broken layers are named later."""
+        method = get_adaptation(config.method)
+        if method.settle is None:
+            return
+
+        def sources() -> Iterator[Source]:
+            for name, (base, parameter) in targets.items():
+                if not any(p.is_meta for p in base.parameters()):
+                    source = self._source(config, layout_of(name, base, parameter), base, parameter)
+                    if source.weight.sum().isfinite():
+                        yield source
+
+        config.options = asdict(method.settle(adapt_options(method, config.options), sources()))
 
     def _targets(self, config: AdapterConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Names and base layers that the config asks for; nothing inside of adapters that are there."""
@@ -76,7 +101,7 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
         method = get_adaptation(config.method)
         weight = dense_weight(base, resolve_quantization_backend(base, **self._quantization), parameter)
         moments: tuple[SiteMoments, ...] = ()
-        if config._moments is not None and (method.needs or config.budget is not None):
+        if config._moments is not None and (method.needs or method.settle or config.budget is not None):
             moments = tuple(config._moments.site(layout.name, slice=i) for i in range(layout.slices))
         decompose = leading_svd if config._cache is None else config._cache
         return Source(layout=layout, weight=weight, seed=config.seed, moments=moments, decompose=decompose)
@@ -84,7 +109,10 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
     def _ranks(
         self, config: AdapterConfig, model: nn.Module, targets: dict[str, tuple[nn.Module, str]]
     ) -> dict[str, int]:
-        """The rank of every target, a module and the name of its weight. Raises InputError and NotFiniteError with everything that is wrong."""
+        """The rank of every target, which is a module and the name of its weight.
+
+        Raises InputError and NotFiniteError with everything that is wrong.
+        """
         method, options = get_adaptation(config.method), adapt_options(get_adaptation(config.method), config.options)
         if method.needs and config._moments is None:
             raise InputError(
@@ -319,13 +347,18 @@ def penalty(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def after_step(model: nn.Module, step: int) -> None:
-    """Call after every step of the optimiser, counted from 1, for methods that act then (retractions, new masks)."""
+def after_step(model: nn.Module, step: int) -> bool:
+    """Call after every step of the optimiser, counted from 1, for methods that act then (retractions, new masks).
+
+    True where one of them asks for a restart of the optimiser; ``optimizer.state.clear()`` makes it.
+    """
+    restart = False
     for _, layer in adapter_layers(model):
         for _, delta in [] if layer.disable_adapters else layer.active_deltas():
             if type(delta).after_step is not Delta.after_step:
                 with whole(delta):
-                    delta.after_step(step)
+                    restart |= delta.after_step(step)
+    return restart
 
 
 def register() -> None:
