@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapted_tiny_models import build, outputs
 from peft import OSFConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import eckart
+from eckart.adaptation import ADAPTATIONS
 from eckart.adaptation.fedsvd import server_round
 from eckart.adaptation.osf import energy_shares, importance_shares, leak
 from eckart.arch import find_sites
 from eckart.errors import EckartWarning, InputError
 from eckart.hf.adapters.tuner import adapter_layers, after_step
-from eckart.moments import collect
+from eckart.moments import collect, sampled_targets
 from eckart.records import Budget
 
 KIND, DTYPE = "linear", torch.float32
@@ -29,6 +34,95 @@ def train(model: PeftModel, seed: int, steps: int = 3) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(model(input_ids=tokens, labels=tokens).loss)
         optimizer.step()
+
+
+class Pair(nn.Module):
+    """Two linear layers, run twice for the gradient where asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(24, 32), nn.Linear(32, 20)
+        self.again = False
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return found
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = checkpoint(self.run, x, use_reentrant=False) if self.again else self.run(x)
+        return found
+
+
+X = torch.randn(5, 24, generator=torch.Generator().manual_seed(1))
+
+
+def pair(method: str, rank: int = 2) -> tuple[Pair, eckart.AdapterConfig]:
+    net = Pair()
+    moments = None
+    if ADAPTATIONS[method].needs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EckartWarning)
+            moments = collect(net, [torch.randn(64, 24)], find_sites(net), gradients="none")
+    options = {"rest": 2} if method == "salt" else {}
+    settings = {"r": rank, "target_modules": ["up", "down"], "options": options, "moments": moments}
+    return net, eckart.AdapterConfig(method=method, **settings)
+
+
+@torch.no_grad()
+def move(model: nn.Module, seed: int = 0) -> None:
+    """As training would."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+
+
+@pytest.mark.parametrize("method", ADAPTATIONS)
+def test_compiled_and_checkpointed_gradients(method: str) -> None:
+    net, config = pair(method)
+    model = get_peft_model(net, config)
+    move(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(run: Any) -> list[torch.Tensor]:
+        y = run(X)
+        return [y.detach(), *torch.autograd.grad(y.square().mean(), trained)]
+
+    plain = gradients(model)
+    net.again = True
+    for a, b in zip(plain, gradients(model), strict=True):
+        assert torch.equal(a, b)
+    net.again = False
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for a, b in zip(plain, gradients(compiled), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", ADAPTATIONS)
+def test_two_adapters_of_a_method_and_casts(method: str) -> None:
+    """Both at once add what each adds for itself; another dtype of the adapters is not another adapter."""
+    net, config = pair(method)
+    base = copy.deepcopy(net)
+    model = get_peft_model(net, config)
+    move(model)
+    model.add_adapter("second", pair(method)[1])
+    model.set_adapter("second")
+    move(model, seed=1)
+    layer = next(layer for _, layer in adapter_layers(model) if layer.delta("default").layout.name == "up")
+    with torch.no_grad():
+        added = []
+        for names in (["default"], ["second"], ["default", "second"]):
+            model.base_model.set_adapter(names)
+            added.append(layer(X) - base.up(X))
+        torch.testing.assert_close(added[0] + added[1], added[2], atol=1e-5, rtol=1e-4)
+        assert float((added[0] - added[1]).abs().max()) > 1e-3
+        model.set_adapter("default")
+        y = model(X)
+        torch.testing.assert_close(copy.deepcopy(model).double()(X.double()).float(), y, atol=1e-5, rtol=1e-4)
+        low = copy.deepcopy(model).to(torch.bfloat16)(X.bfloat16())
+        assert float((low.float() - y).abs().max()) < 0.1
 
 
 def test_a_federated_round_on_state_dicts(tmp_path: Path) -> None:
@@ -144,7 +238,7 @@ def test_protected_shares_by_importance_need_gradients() -> None:
     batches = [{"input_ids": torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(0))}]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EckartWarning)
-        full = collect(base, batches, find_sites(base), gradients="full")
+        full = collect(base, batches, find_sites(base), loss=sampled_targets, gradients="full")
         without = collect(base, batches, find_sites(base), gradients="none")
     options = {"adaptive": "importance"}
     model = get_peft_model(base, eckart.AdapterConfig(method="osf", r=1, options=options, moments=full))

@@ -400,7 +400,8 @@ def test_quantised_bases_stay_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(model.unload().head.codes, codes)
 
 
-def test_an_int8_base_is_dequantised_merged_and_put_back(bases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [name for name in ADAPTATIONS if ADAPTATIONS[name].delta.linear])
+def test_an_int8_base_is_dequantised_merged_and_put_back(method: str, bases: Path, tmp_path: Path) -> None:
     torchao = pytest.importorskip("torchao.quantization")
 
     def load() -> nn.Module:
@@ -410,7 +411,7 @@ def test_an_int8_base_is_dequantised_merged_and_put_back(bases: Path, tmp_path: 
     kind, dtype = "linear", torch.float32
     base = load()
     before = outputs(base, kind, dtype)
-    model = get_peft_model(base, config_of("pissa", kind, build(kind)))
+    model = get_peft_model(base, config_of(method, kind, build(kind)))
     assert off(outputs(model, kind, dtype), before) == 0
     train(model, kind, dtype)
     trained = outputs(model, kind, dtype)
@@ -422,6 +423,10 @@ def test_an_int8_base_is_dequantised_merged_and_put_back(bases: Path, tmp_path: 
     assert off(outputs(model, kind, dtype), trained) == 0
     with model.disable_adapter():
         assert off(outputs(model, kind, dtype), before) == 0
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, AdapterLayer) for module in merged.modules())
+    assert type(merged.get_submodule("model.layers.0.mlp.up_proj").weight) is not nn.Parameter  # still of eight bits
+    assert 0 < off(outputs(merged, kind, dtype), trained) < 0.05
 
 
 def test_config_is_json_and_pickles(llama: nn.Module) -> None:

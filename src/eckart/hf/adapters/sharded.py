@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def is_spread(tensor: Tensor) -> bool:
 
 def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor; for one that is spread every process of its mesh has to ask. Differentiable."""
-    return cast(Tensor, tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def spread(delta: Delta) -> bool:
@@ -52,7 +52,7 @@ def whole(delta: Delta) -> Iterator[None]:
 
     Where the parameters are spread, every process has to enter.
     """
-    parts = {name: p for name, p in delta._parameters.items() if isinstance(p, DTensor)}
+    parts: dict[str, Any] = {name: p for name, p in delta._parameters.items() if isinstance(p, DTensor)}
     if not parts:
         yield
         return
