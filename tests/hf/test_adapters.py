@@ -454,6 +454,8 @@ def test_layers_that_cannot_be_served_are_named(llama: nn.Module) -> None:
         get_peft_model(llama, config_of("lora", "linear", llama, r=40))
     assert "14 problems" in str(error.value)
     assert "rank 40 is above the 16 that this layer has" in str(error.value)
+    with pytest.raises(InputError, match="rank_pattern 'nowhere' matches none of the 14 layers"):
+        get_peft_model(llama, config_of("lora", "linear", llama, rank_pattern={"nowhere": 3}))
     with pytest.raises(InputError, match="LlamaRMSNorm is no linear layer"):
         get_peft_model(llama, config_of("lora", "linear", llama, target_modules=["norm"]))
     with pytest.raises(InputError, match=r"eckart\.calibrate"):

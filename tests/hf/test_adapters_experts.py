@@ -138,7 +138,7 @@ def test_the_change_of_each_expert_is_its_own() -> None:
 def test_names_do_not_depend_on_what_got_a_rank(tmp_path: Path) -> None:
     """Adapters of one parameter, after and before an adapter of both, and their plain copies."""
     for kept in ("gate_up_proj", "down_proj"):
-        model = adapted("lora", mixture(), target_modules=["experts"], rank_pattern={kept: 3}, budget=None)
+        model = adapted("lora", mixture(), target_modules=["experts"], rank_pattern={kept: 3})
         config = model.peft_config["default"]
         assert {rank for name, rank in config.ranks.items() if name.endswith(kept)} == {3}
     first = adapted("lora", mixture(), target_modules=["experts"], r=4, budget=Budget(parameters=500))

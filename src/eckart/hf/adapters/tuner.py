@@ -121,6 +121,9 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
             )
         layouts = {name: layout_of(name, *target) for name, target in targets.items()}
         faults, broken, ranks = [], [], {}
+        for pattern in config.rank_pattern:
+            if not any(_matches(pattern, name) for name in layouts):
+                faults.append(f"rank_pattern {pattern!r} matches none of the {len(layouts)} layers")
         for name, layout in layouts.items():
             if why := method.delta.fits(layout, options):
                 faults.append(f"{name}: method {method.name!r} cannot serve it: {why}")
@@ -224,7 +227,10 @@ class AdapterTuner(BaseTuner):  # type: ignore[misc]
         setattr(parent, child_name, new_module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for them among modules, and fused experts are parameters; see _ranks.
+            warnings.filterwarnings("ignore", message=".*rank_pattern keys did not match.*")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         _tie(model, adapter_name, self.peft_config[adapter_name])
         self.peft_config[adapter_name].watch(model, _after_saving)
 
@@ -295,9 +301,13 @@ def _beside(module: nn.Module, parameter: str) -> AdapterLayer | None:
 
 def _asked(config: AdapterConfig, name: str) -> int | None:
     for pattern, rank in config.rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _matches(pattern, name):
             return rank
     return config.r
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def adapter_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, AdapterLayer]]:
