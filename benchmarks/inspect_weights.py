@@ -9,7 +9,8 @@ defects, verdicts, hashing), so two more pairs are given: the findings alone tha
 and ``standard`` against WeightWatcher with its own comparison to noise (``mp_fit=True, randomize=True``, once).
 WeightWatcher is no dependency; without it its figures are left out. Then one 4096 × 11008 float32 matrix, noise with
 256 power-law directions on top: the seconds of its spectrum alone and of everything that ``standard`` measures, and
-the largest relative error of its 256 largest singular values against a float64 decomposition that shares no code with ours.
+the largest relative error of its 256 largest singular values against a float64 decomposition that shares no code with
+ours.
 """
 
 from __future__ import annotations

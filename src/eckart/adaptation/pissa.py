@@ -67,7 +67,7 @@ class PissaDelta(Delta):
     def start(self, source: Source) -> None:
         U, S, Vh = source.leading(self.rank)
         root = S.sqrt()
-        B, A = U * root[:, None, :], root[:, :, None] * Vh
+        B, A = (U * root[:, None, :]).float(), (root[:, :, None] * Vh).float()
         self.fill(B=B, A=A, B0=B, A0=A)
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def _krylov(A: Tensor, rank: int, block: int, seed: int, tolerance: float) -> SV
         # V AᵀA Qᵀ is at once what the block has in the basis and the last column of the projected matrix.
         C = Z @ V.T
         gram[new, :end] = C
-        P, R = torch.linalg.qr((Z - C @ V).T)
+        P, R = torch.linalg.qr(Z.addmm_(C, V, alpha=-1).T)
         if step in looks:
             values, Y = torch.linalg.eigh(gram[:end, :end])  # which reads the lower triangle alone
             sigma, Y = values[-rank:].flip(0).clamp(min=0.0).sqrt(), Y[:, -rank:].flip(1)
@@ -93,7 +93,7 @@ def _krylov(A: Tensor, rank: int, block: int, seed: int, tolerance: float) -> SV
                 X = (Y.T @ V).T
                 return _ritz(tall @ X, X, wide, bound)
         again = P.T @ V.T
-        Q = P.T - again @ V
+        Q = torch.addmm(P.T, again, V, alpha=-1)
         # What is taken out is rounding, of size δ, and leaves the rows orthonormal up to δ²; else they are made so.
         if float(again.square().sum()) > torch.finfo(work).eps:
             Q = torch.linalg.qr(Q.T).Q.T
@@ -104,8 +104,7 @@ def _ritz(AV: Tensor, V: Tensor, wide: bool, bound: float) -> SVD:
     """Triplets with orthonormal U from A V (m, k), for orthonormal V (n, k)."""
     left = as_float64(AV, "leading_svd", (2,))
     V, flips = torch.linalg.qr(as_float64(V, "leading_svd", (2,)))  # orthonormal to float64, not only to float32
-    V = V * flips.diagonal().sign()
     Q, R = torch.linalg.qr(left)
     W, S, Zh = torch.linalg.svd(R)
-    U, Vh = Q @ W, Zh @ V.T
+    U, Vh = Q @ W, (Zh * flips.diagonal().sign()) @ V.T
     return signed(Vh.T, S, U.T, "krylov", bound) if wide else signed(U, S, Vh, "krylov", bound)

@@ -249,7 +249,7 @@ def _without_tokens(
     return found
 
 
-def _in_order(tensors: Mapping[str, Tensor]) -> Layout:
+def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The layout of what lies under ``batch`` or ``batch.probe``: by number, while files list ``10`` before ``2``."""
     names = sorted(tensors, key=lambda name: [int(part) for part in name.split(".")])
     return {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}

@@ -140,8 +140,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return
         delta = self.delta(adapter_name)
         target = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
+        devices = {t.device for t in [*delta.parameters(), *delta.buffers()]}
         meta = torch.device("meta")
-        if target not in (None, meta) and not any(p.device == meta for p in delta.parameters()):
+        if target not in (None, meta) and meta not in devices and devices != {target}:
             delta.to(target)
 
     def dense_weight(self) -> Tensor:
