@@ -32,10 +32,12 @@ in the loss landscape for mechanistic interpretability”, 2024, https://arxiv.o
 >>> import torch
 >>> from torch import nn
 >>> _ = torch.manual_seed(0)
->>> layers = [nn.Sequential(nn.Linear(6, 5), nn.ReLU()), nn.Linear(5, 7)]
+>>> first, last = nn.Linear(6, 5), nn.Linear(5, 7)
 >>> with torch.no_grad():
-...     layers[0][0].weight[1], layers[0][0].bias[1] = layers[0][0].weight[0], layers[0][0].bias[0]  # a twin neuron
-...     layers[1].weight[:, 2] = 0  # a neuron that nobody reads
+...     for tensor in first.parameters():
+...         _ = tensor[1].copy_(tensor[0])  # a twin neuron
+...     last.weight[:, 2] = 0  # a neuron that nobody reads
+>>> layers = [nn.Sequential(first, nn.ReLU()), last]
 >>> found = degenerate_directions(layers, torch.randn(200, 6))["1"]
 >>> float(found), found.details["constant"], found.details["unread"]
 (2.0, 1, 1)

@@ -73,7 +73,7 @@ class FindingLogger:
             optimizer.step()
             logger.step()
 
-    ``findings``: names out of :data:`FROM_SPECTRUM` and :data:`FROM_WEIGHT`, or functions of a weight that give a
+    ``findings``: names out of ``FROM_SPECTRUM`` and ``FROM_WEIGHT`` of its module, or functions of a weight that give a
     Finding. ``file``: a path, to which one JSON object per weight and finding is added (``step``, ``weight`` and the
     fields of the Finding but its details), or a writer with ``add_scalar``, which gets ``finding/weight`` where there
     is a value. ``include`` and ``exclude`` as for :func:`eckart.inspection.inspect_weights`. Weights that cannot be

@@ -40,8 +40,8 @@ transition of the largest eigenvalue for nonnull complex sample covariance matri
 
 *Example.*
 
->>> [round(batch_eigenvalue(2.0, 0.1, 1000, b), 3) for b in (1, 10, 100, 1000)]
-[6.325, 2.5, 2.05, 2.005]
+>>> tuple(round(batch_eigenvalue(2.0, 0.1, 1000, b), 3) for b in (1, 10, 100, 1000))
+(6.325, 2.5, 2.05, 2.005)
 >>> round(scaled_learning_rate(0.1, 64, 256, "sgd"), 3), round(scaled_learning_rate(0.001, 64, 256, "adam"), 4)
 (0.4, 0.002)
 """

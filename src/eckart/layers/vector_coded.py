@@ -106,7 +106,7 @@ class LR2VQLinear(VectorCoded, ReplacedLinear):
         original: type[nn.Module] = nn.Linear,
         **sizes: Any,
     ) -> None:
-        """``sizes``: subvector, dimension, codes, device and dtype, as :meth:`allocate` takes them."""
+        """``sizes``: subvector, dimension, codes, device and dtype, as ``allocate`` takes them."""
         ReplacedLinear.__init__(self, in_features, out_features, original)
         self.allocate((out_features, in_features), bias=bias, **sizes)
 

@@ -73,7 +73,7 @@ class Bulk:
 
 
 def marchenko_pastur(W: Tensor | Spectrum, *, kind: SiteKind | None = None, groups: int = 1) -> dict[str, Finding]:
-    """The noise in a weight (out, in) and the spikes above it, by name: :data:`NAMES`.
+    """The noise in a weight (out, in) and the spikes above it, by name: ``NAMES`` of its module.
 
     - ``noise_scale``: standard deviation of an entry of the noise that fits the bulk;
     - ``noise_edge``: σ up to which that noise reaches, s(√n + √m);

@@ -66,7 +66,7 @@ def difference(
     energy: float = 0.9,
     vectors: bool = True,
 ) -> dict[str, Finding]:
-    """What changed from ``base`` to W, both (out, in) or stacks of such, by name: :data:`NAMES`.
+    """What changed from ``base`` to W, both (out, in) or stacks of such, by name: ``NAMES`` of its module.
 
     Without ``vectors`` the overlaps and ``delta_gain`` are left out. ``energy``, in (0, 1]: the share of the change
     that ``delta_lora_rank`` keeps. Equal weights give ``delta_relative`` 0 and None for the rest. A change whose LoRA

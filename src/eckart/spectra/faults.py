@@ -58,7 +58,7 @@ def defects(
     up_to_scale: bool = False,
     tolerance: float = 1e-6,
 ) -> dict[str, Finding]:
-    """What is broken in a weight (out, in), as counts by name: :data:`NAMES`; a stack gives sums over its matrices.
+    """What is broken in a weight (out, in), as counts by name (``NAMES`` of its module); of a stack, their sums.
 
     ``constant`` is 1 where all entries are equal. ``up_to_scale`` counts rows (and columns) that are another one times
     a factor, of either sign; otherwise equal ones. Dead ones are not counted again as repeated. ``tolerance``: a row is

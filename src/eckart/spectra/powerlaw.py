@@ -51,7 +51,7 @@ NAMES = ("alpha_ks", "ks_distance", "tail_size")
 
 
 def power_law(W: Tensor | Spectrum, *, kind: SiteKind | None = None, groups: int = 1) -> dict[str, Finding]:
-    """The best-fitting power-law tail of a weight (out, in), by name: :data:`NAMES`.
+    """The best-fitting power-law tail of a weight (out, in), by name: ``NAMES`` of its module.
 
     - ``alpha_ks``: exponent of the density of λ = σ², above 1;
     - ``ks_distance``: D of Kolmogorov and Smirnov in [0, 1], 0 for a perfect power law;

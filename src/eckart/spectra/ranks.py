@@ -28,8 +28,8 @@ M. Rudelson, R. Vershynin, “Sampling from large matrices: an approach through 
 
 >>> import torch
 >>> found = spectrum(torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0])))
->>> [round(found[name].value, 3) for name in ("frobenius", "stable_rank", "effective_rank", "rank_95")]
-[3.742, 1.556, 2.749, 3.0]
+>>> tuple(round(found[name].value, 3) for name in ("frobenius", "stable_rank", "effective_rank", "rank_95"))
+(3.742, 1.556, 2.749, 3.0)
 >>> print(found["condition_number"])
 condition_number: ≥ 2.373e+07 (n = 4; the least singular value is below the resolution of the Gram matrix)
 """
@@ -64,7 +64,7 @@ NAMES = (
 
 
 def spectrum(W: Tensor | Spectrum, *, kind: SiteKind | None = None, groups: int = 1) -> dict[str, Finding]:
-    """Norms and ranks of a weight (out, in), or of each matrix of a stack, by name: :data:`NAMES`.
+    """Norms and ranks of a weight (out, in), or of each matrix of a stack, by name: ``NAMES`` of its module.
 
     All are exact up to rounding (uncertainty 0). A stack of matrices gives means, with the values of each in
     ``details["slices"]``. Where something has no value, as the stable rank of zeros, the Finding is None and says why.

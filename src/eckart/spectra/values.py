@@ -96,7 +96,7 @@ def singular_values(
 
     The eigenvalues are right to about 8 eps · σ₁², so that of σ_i to 4 eps (σ₁/σ_i)², and what lies below
     ``resolution`` = √(8 eps) · σ₁ is rounding. NaN and Inf give a Spectrum with a ``flaw``. A Spectrum is
-    returned as it is. Raises InputError as :func:`as_matrices` does, and for a ``dtype`` that is neither.
+    returned as it is. Raises InputError as ``as_matrices`` does, and for a ``dtype`` that is neither.
     """
     if isinstance(W, Spectrum):
         return W

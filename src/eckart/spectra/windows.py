@@ -70,7 +70,7 @@ def farms(
     places: int = 5,
     spectrum: Spectrum | None = None,
 ) -> dict[str, Finding]:
-    """The exponent of a weight (out, in) by windows, and its distance from noise, by name: :data:`NAMES`.
+    """The exponent of a weight (out, in) by windows, and its distance from noise, by name: ``NAMES`` of its module.
 
     - ``alpha_farms``: α of the pooled eigenvalues, above 1; ``details["noise"]`` is what noise scores in the same
       windows;

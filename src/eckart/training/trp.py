@@ -29,7 +29,7 @@ again, they would shrink to rank 1). The first cut comes after ``period`` steps,
 padding, dilation and groups are factored at the end (the authors' code sets stride and padding to 1), and first
 layers and 1 × 1 convolutions are treated like the others unless excluded. The variant that splits each
 filter into depthwise and pointwise parts is left out. The authors' code ends with a threshold on σ (0.05);
-:meth:`finish` repeats by default the cut that training has grown used to, and takes a threshold, too.
+``finish`` repeats by default the cut that training has grown used to, and takes a threshold, too.
 
 *Reference.* Y. Xu, Y. Li, S. Zhang, W. Wen, B. Wang, Y. Qi, Y. Chen, W. Lin, H. Xiong, “TRP: Trained Rank
 Pruning for Efficient Deep Neural Networks”, 2020, https://arxiv.org/abs/2004.14566.

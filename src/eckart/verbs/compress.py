@@ -119,7 +119,7 @@ def compress(
     Several processes can share the work; each gets the whole result. Under ``torchrun`` they share the calibration
     and the decompositions: call this, and :func:`eckart.save`, in every process; one that waits for another in vain
     gives up after ``ECKART_TIMEOUT`` seconds (3600). With ``queue``, a folder that all see,
-    workers on any machines come and go (see :class:`eckart.apply.queue.Queue`); that needs moments from a file,
+    workers on any machines come and go (see ``eckart.apply.queue.Queue``); that needs moments from a file,
     or a method that needs none.
 
     Raises InputError with everything that is wrong before any long work, NotFiniteError, BudgetError.

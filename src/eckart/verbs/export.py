@@ -33,8 +33,8 @@ def export(
 
     ``dense``: ordinary weights; keeps the quality, saves nothing. ``remote-code``: factors with the code that loads
     them under ``trust_remote_code=True``. ``native``: a plain checkpoint with a smaller config, for models whose
-    layers are plain and evenly narrower (:func:`eckart.hf.native.export_native`). ``onnx``: a graph for onnxruntime,
-    also of a model that was not compressed, checked against torch (:func:`eckart.hf.onnx.export_onnx`, which says
+    layers are plain and evenly narrower (``eckart.hf.native.export_native``). ``onnx``: a graph for onnxruntime,
+    also of a model that was not compressed, checked against torch (``eckart.hf.onnx.export_onnx``, which says
     what ``opset``, ``quantise`` and ``tolerance`` mean; they are for ``onnx`` alone).
 
     Raises InputError for another target, options of another target and models that have no such form, FileError for
