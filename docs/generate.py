@@ -88,6 +88,15 @@ KINDS: dict[MethodKind, tuple[str, str]] = {
         "Engines and layers of `eckart.training`, for any PyTorch loop; the engines for ranks also for the Trainer "
         "(`eckart.hf.trainer.RankCallback`).",
     ),
+    "optimizers": (
+        "Optimizers",
+        "Classes and functions of `eckart.optim`: true `torch.optim.Optimizer`s for any loop, and "
+        "`eckart.optim.for_trainer(NAME)` for the Trainer.",
+    ),
+    "pruning": (
+        "Pruning",
+        "Functions and engines of `eckart.prune`. Those that work from moments alone: `eckart prune --method NAME`.",
+    ),
     "diagnostics": (
         "Diagnostics",
         "Functions that take tensors, or a model and its loss, and give a `Finding`: a value with its uncertainty, "
@@ -97,14 +106,17 @@ KINDS: dict[MethodKind, tuple[str, str]] = {
 }
 """Heading and introduction of each table."""
 
+ROOMS: dict[MethodKind, str] = {"training": "training", "optimizers": "optim", "pruning": "prune"}
+"""Tables of one room whose methods are its classes and functions."""
+
 
 def methods_table(kind: MethodKind, methods: Sequence[Any]) -> str:
     """The methods of one table as Markdown, one line each."""
-    if kind in ("training", "diagnostics"):
-        where = "in `eckart.training`" if kind == "training" else "in `eckart`"
+    if kind in ROOMS or kind == "diagnostics":
+        where = f"in `eckart.{ROOMS[kind]}`" if kind in ROOMS else "in `eckart`"
         lines = [f"| method | {where} | what it does | source |", "|---|---|---|---|"]
         for method in methods:
-            entry = method.entry.__name__ if kind == "training" else called(method)
+            entry = method.entry.__name__ if kind in ROOMS else called(method)
             lines.append(table_row((f"`{method.name}`", f"`{entry}`", method.summary, source(method, short=True))))
         return "\n".join(lines)
     if kind == "adapters":

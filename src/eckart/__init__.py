@@ -18,6 +18,7 @@ from eckart.errors import (
 from eckart.records import Budget, Claim, Evaluation, Finding, Outcome, Paper, Rank, Site, Size
 
 if TYPE_CHECKING:
+    from eckart import optim, prune
     from eckart.hf.adapters.config import AdapterConfig
     from eckart.moments import Moments
     from eckart.planning import Plan
@@ -78,8 +79,10 @@ __all__ = [
     "inspect",
     "load",
     "methods",
+    "optim",
     "plan",
     "preview",
+    "prune",
     "save",
 ]
 
@@ -97,7 +100,12 @@ _LAZY = {verb: f"eckart.verbs.{verb}" for verb in _VERBS.split()} | {
 }
 
 
+_ROOMS = ("optim", "prune")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"eckart.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'eckart' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)

@@ -262,6 +262,18 @@ DiagnosticGroup = Literal["weights", "landscape", "data", "representations", "ce
 
 
 @dataclass(frozen=True, kw_only=True)
+class Technique:
+    """An optimizer, a pruning or a training method, as a value for tables, docs and claims."""
+
+    name: str
+    summary: str
+    paper: Paper
+    entry: Callable[..., Any]
+    """The public class or function, such as ``TrainedRankPruning``."""
+    claim: Claim
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnostic:
     """A way to measure something, as a value for tables, docs and claims; ``entry`` is what people call."""
 

@@ -12,7 +12,7 @@ import pytest
 import eckart
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("factors", "modules", "repair", "training", "diagnostics")
+KINDS = ("factors", "modules", "repair", "training", "optimizers", "pruning", "diagnostics")
 METHODS = [(kind, method) for kind in KINDS for method in eckart.methods(kind)]
 
 

@@ -19,7 +19,8 @@ CASES = [f"{method}-{way}" for method in METHODS for way in ("copies", "parts")]
 CASES += [f"{method}-{way}" for method in ("pissa", "said") for way in ("half", "state", "mixed")] + ["pissa-grouped"]
 
 SCRIPT = """
-import json, sys, warnings
+import faulthandler, json, sys, warnings
+faulthandler.dump_traceback_later(200, exit=True)
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import eckart
 from eckart.cli import render
 from eckart.cli.flags import Json, Quiet
 from eckart.cli.terminal import Terminal
 
-MethodKind = Literal["factors", "modules", "repair", "adapters", "training", "diagnostics"]
+MethodKind = Literal["factors", "modules", "repair", "adapters", "training", "optimizers", "pruning", "diagnostics"]
 
 
 def methods(as_json: Json = False, quiet: Quiet = False) -> None:
@@ -20,7 +20,7 @@ def methods(as_json: Json = False, quiet: Quiet = False) -> None:
     options (name, type, default), claim.
     """
     terminal = Terminal(json=as_json, quiet=quiet)
-    kinds: tuple[MethodKind, ...] = ("factors", "modules", "repair", "adapters", "training", "diagnostics")
+    kinds: tuple[MethodKind, ...] = get_args(MethodKind)
     rows = [_row(kind, method) for kind in kinds for method in eckart.methods(kind)]
     terminal.result({"methods": rows}, lambda console: render.methods(console, rows))
 

@@ -9,7 +9,6 @@ from eckart.layers import GroupSparseInt4, LR2VQConv2d, LR2VQLinear, SNNKLinear
 from eckart.training.gqsa import group_sparse, group_sparsify, quantiser_parameters
 from eckart.training.lr2vq import quantise_vectors, vector_coded, vector_coded_conv
 from eckart.training.maestro import Maestro
-from eckart.training.method import TrainingMethod
 from eckart.training.rps import StableRPS
 from eckart.training.snnk import bundle, fit_features, raw_estimate
 from eckart.training.table import TRAINING
@@ -24,7 +23,6 @@ __all__ = [
     "SNNKLinear",
     "StableRPS",
     "TrainedRankPruning",
-    "TrainingMethod",
     "bundle",
     "fit_features",
     "group_sparse",

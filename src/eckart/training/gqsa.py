@@ -61,9 +61,8 @@ from eckart.layers import GroupSparseInt4
 from eckart.layers.group_sparse import group_fault
 from eckart.layers.linear import is_conv1d
 from eckart.moments import Moments, SiteMoments
-from eckart.records import Claim, Paper, Site, Verdict
+from eckart.records import Claim, Paper, Site, Technique, Verdict
 from eckart.training.coded import CodedReport, CodedSite
-from eckart.training.method import TrainingMethod
 from eckart.training.trial import held_out_loss, plainly_trained, train
 
 LEVELS = 15
@@ -322,7 +321,7 @@ def _run_claim() -> Verdict:
     )
 
 
-METHOD = TrainingMethod(
+METHOD = Technique(
     name="gqsa",
     summary="half of the groups of 16 weights dropped, the others in 4 bits, scales tuned on the task",
     paper=Paper(

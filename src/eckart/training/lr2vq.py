@@ -59,9 +59,8 @@ from eckart.layers import LR2VQConv2d, LR2VQLinear, VectorCoded
 from eckart.layers.linear import is_conv1d
 from eckart.layers.vector_coded import check_sizes, size_faults
 from eckart.moments import Moments
-from eckart.records import Claim, Paper, Site, Verdict
+from eckart.records import Claim, Paper, Site, Technique, Verdict
 from eckart.training.coded import CodedReport, CodedSite
-from eckart.training.method import TrainingMethod
 from eckart.training.trial import ByteModel, held_out_loss, plainly_trained, train
 
 Dimension = int | Literal["auto"]
@@ -401,7 +400,7 @@ def _run_claim() -> Verdict:
     )
 
 
-METHOD = TrainingMethod(
+METHOD = Technique(
     name="lr2vq",
     summary="runs of weights as a few trained codes in a low-dimensional space",
     paper=Paper(

@@ -72,8 +72,7 @@ from eckart.errors import EckartError, InputError, MismatchError, problems
 from eckart.forms import LowRank
 from eckart.layers import FactoredConv, FactoredLinear
 from eckart.linalg import truncated_svd
-from eckart.records import Claim, LayerOutcome, Outcome, Paper, Rank, Site, Verdict
-from eckart.training.method import TrainingMethod
+from eckart.records import Claim, LayerOutcome, Outcome, Paper, Rank, Site, Technique, Verdict
 from eckart.training.targets import (
     chosen_rank,
     layer_outcome,
@@ -514,7 +513,7 @@ def _run_claim() -> Verdict:
     )
 
 
-METHOD = TrainingMethod(
+METHOD = Technique(
     name="maestro",
     summary="factors trained in order of importance: one training, cut anywhere",
     paper=Paper(

@@ -58,8 +58,7 @@ from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
 from eckart.evidence.network import CONTEXT
 from eckart.linalg.hashed import check_seed, gaussians, permutation, random_bits
-from eckart.records import Claim, Paper, Verdict
-from eckart.training.method import TrainingMethod
+from eckart.records import Claim, Paper, Technique, Verdict
 from eckart.training.trial import ByteModel, held_out_loss, train, untrained
 
 SIGNS, VALUES, PARTITIONS = 0, 1, 2
@@ -354,7 +353,7 @@ def _run_claim() -> Verdict:
     )
 
 
-METHOD = TrainingMethod(
+METHOD = Technique(
     name="stable-rps",
     summary="weights as random signed reads of one short trained vector; a checkpoint is the vector and a seed",
     paper=Paper(

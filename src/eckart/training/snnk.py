@@ -60,8 +60,7 @@ from eckart.evidence.network import CONTEXT, WIDTH, forward
 from eckart.layers import SNNKLinear
 from eckart.layers.random_features import Kind
 from eckart.linalg.hashed import gaussians
-from eckart.records import Claim, Paper, Verdict
-from eckart.training.method import TrainingMethod
+from eckart.records import Claim, Paper, Technique, Verdict
 
 CHUNK = 4096
 """Inputs whose features are held at once, float64."""
@@ -221,7 +220,7 @@ def _run_claim() -> Verdict:
     )
 
 
-METHOD = TrainingMethod(
+METHOD = Technique(
     name="snnk",
     summary="an MLP as one trained matrix on random features of its input, found in closed form",
     paper=Paper(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from eckart.records import Technique
 from eckart.training import gqsa, lr2vq, maestro, rps, snnk, trp
-from eckart.training.method import TrainingMethod
 
-TRAINING: dict[str, TrainingMethod] = {
+TRAINING: dict[str, Technique] = {
     method.name: method for method in (trp.METHOD, maestro.METHOD, rps.METHOD, lr2vq.METHOD, gqsa.METHOD, snnk.METHOD)
 }
 """In the order in which they are shown."""

@@ -67,8 +67,7 @@ from eckart.arch import get_module, model_size, set_module
 from eckart.errors import InputError, MismatchError, NotFiniteError, problems, unknown
 from eckart.forms import LowRank
 from eckart.linalg import fold, matricize, truncated_svd
-from eckart.records import Claim, LayerOutcome, Outcome, Paper, Rank, Site, Verdict
-from eckart.training.method import TrainingMethod
+from eckart.records import Claim, LayerOutcome, Outcome, Paper, Rank, Site, Technique, Verdict
 from eckart.training.subspace import truncate
 from eckart.training.targets import (
     chosen_rank,
@@ -455,7 +454,7 @@ def _run_claim() -> Verdict:
     )
 
 
-METHOD = TrainingMethod(
+METHOD = Technique(
     name="trp",
     summary="training that keeps coming back to low rank, for a cut that costs nothing at the end",
     paper=Paper(

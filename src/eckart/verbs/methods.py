@@ -12,11 +12,13 @@ from eckart.errors import InputError, unknown
 from eckart.geometry import GEOMETRY
 from eckart.landscape import LANDSCAPE
 from eckart.modules import MODULES
+from eckart.optim import OPTIMIZERS
+from eckart.prune import PRUNING
 from eckart.records import Claim, Paper
 from eckart.spectra import SPECTRA
 from eckart.training import TRAINING
 
-MethodKind = Literal["factors", "modules", "repair", "adapters", "training", "diagnostics"]
+MethodKind = Literal["factors", "modules", "repair", "adapters", "training", "optimizers", "pruning", "diagnostics"]
 
 
 class Method(Protocol):
@@ -38,10 +40,13 @@ TABLES: Mapping[MethodKind, Mapping[str, Method]] = {
     "repair": COMPENSATIONS,
     "adapters": ADAPTATIONS,
     "training": TRAINING,
+    "optimizers": OPTIMIZERS,
+    "pruning": PRUNING,
     "diagnostics": {**SPECTRA, **LANDSCAPE, **GEOMETRY},
 }
 """``factors`` and ``modules`` for ``compress --method``, ``repair`` for ``compensate --method``, ``adapters`` for
-``adapt --method``, ``training`` for classes and functions of :mod:`eckart.training`, ``diagnostics`` for functions of
+``adapt --method``, ``training``, ``optimizers`` and ``pruning`` for classes and functions of
+:mod:`eckart.training`, :mod:`eckart.optim` and :mod:`eckart.prune`, ``diagnostics`` for functions of
 :mod:`eckart.spectra`, :mod:`eckart.landscape` and :mod:`eckart.geometry`."""
 
 

@@ -1,0 +1,10 @@
+"""Every pruning method by name. A new one is one file and one line here."""
+
+from __future__ import annotations
+
+from eckart.records import Technique
+
+_ALL: tuple[Technique, ...] = ()
+
+PRUNING: dict[str, Technique] = {method.name: method for method in _ALL}
+"""In the order in which they are shown."""
