@@ -57,13 +57,13 @@ from torch.nn.utils import parametrize
 from eckart.arch import find_sites, get_module, set_module
 from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
+from eckart.evidence.trial import held_out_loss, plainly_trained, train
 from eckart.layers import GroupSparseInt4
 from eckart.layers.group_sparse import group_fault
 from eckart.layers.linear import is_conv1d
 from eckart.moments import Moments, SiteMoments
 from eckart.records import Claim, Paper, Site, Technique, Verdict
 from eckart.training.coded import CodedReport, CodedSite
-from eckart.training.trial import held_out_loss, plainly_trained, train
 
 LEVELS = 15
 """Steps of a 4-bit code."""

@@ -55,13 +55,13 @@ from torch import Tensor, nn
 from eckart.arch import find_sites, get_module, set_module
 from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
+from eckart.evidence.trial import ByteModel, held_out_loss, plainly_trained, train
 from eckart.layers import LR2VQConv2d, LR2VQLinear, VectorCoded
 from eckart.layers.linear import is_conv1d
 from eckart.layers.vector_coded import check_sizes, size_faults
 from eckart.moments import Moments
 from eckart.records import Claim, Paper, Site, Technique, Verdict
 from eckart.training.coded import CodedReport, CodedSite
-from eckart.training.trial import ByteModel, held_out_loss, plainly_trained, train
 
 Dimension = int | Literal["auto"]
 

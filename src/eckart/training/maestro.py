@@ -69,6 +69,7 @@ from torch import Tensor, nn
 
 from eckart.arch import check_finite, get_module, model_size, set_module, site_matrices
 from eckart.errors import EckartError, InputError, MismatchError, problems
+from eckart.evidence.trial import held_out_loss, plainly_trained, train, truncated, untrained
 from eckart.forms import LowRank
 from eckart.layers import FactoredConv, FactoredLinear
 from eckart.linalg import truncated_svd
@@ -83,7 +84,6 @@ from eckart.training.targets import (
     rank_words,
     trainable_sites,
 )
-from eckart.training.trial import held_out_loss, plainly_trained, train, truncated, untrained
 
 
 class Maestro:

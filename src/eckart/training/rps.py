@@ -57,9 +57,9 @@ from eckart.arch import find_sites, get_module, site_module
 from eckart.errors import InputError, NotFiniteError, problems
 from eckart.evidence import learned_problem
 from eckart.evidence.network import CONTEXT
+from eckart.evidence.trial import ByteModel, held_out_loss, train, untrained
 from eckart.linalg.hashed import check_seed, gaussians, permutation, random_bits
 from eckart.records import Claim, Paper, Technique, Verdict
-from eckart.training.trial import ByteModel, held_out_loss, train, untrained
 
 SIGNS, VALUES, PARTITIONS = 0, 1, 2
 """Streams of the seed: signs, first values of the memory, and from here on one per partition."""

@@ -65,6 +65,7 @@ from torch import Tensor, nn
 
 from eckart.arch import get_module, model_size, set_module
 from eckart.errors import InputError, MismatchError, NotFiniteError, problems, unknown
+from eckart.evidence.trial import held_out_loss, plainly_trained, train, truncated, untrained
 from eckart.forms import LowRank
 from eckart.linalg import fold, matricize, truncated_svd
 from eckart.records import Claim, LayerOutcome, Outcome, Paper, Rank, Site, Technique, Verdict
@@ -79,7 +80,6 @@ from eckart.training.targets import (
     rank_words,
     trainable_sites,
 )
-from eckart.training.trial import held_out_loss, plainly_trained, train, truncated, untrained
 
 Mode = Literal["channel", "spatial"]
 

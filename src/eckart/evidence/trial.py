@@ -1,4 +1,4 @@
-"""The network of :mod:`eckart.evidence` as a module, trained on the same text: what training claims share."""
+"""The network of :mod:`eckart.evidence` as a module, trained on the same text: what claims of training share."""
 
 from __future__ import annotations
 
