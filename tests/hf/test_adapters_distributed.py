@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from two_processes import two_processes
 
 HERE = Path(__file__).parent
 METHODS = ("lora", "pissa", "svfit", "soka", "osf", "said", "sorsa", "sara")
@@ -19,8 +18,7 @@ CASES = [f"{method}-{way}" for method in METHODS for way in ("copies", "parts")]
 CASES += [f"{method}-{way}" for method in ("pissa", "said") for way in ("half", "state", "mixed")] + ["pissa-grouped"]
 
 SCRIPT = """
-import faulthandler, json, sys, warnings
-faulthandler.dump_traceback_later(200, exit=True)
+import json, sys, warnings
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch, torch.distributed as dist
@@ -124,18 +122,7 @@ dist.destroy_process_group()
 def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found, case by case."""
     folder = tmp_path_factory.mktemp("adapters")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    process = subprocess.run(
-        [*launch, str(script), str(HERE), str(folder), ",".join(CASES)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    two_processes(SCRIPT, folder, HERE, folder, ",".join(CASES))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

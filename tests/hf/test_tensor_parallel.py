@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +18,7 @@ from eckart.errors import InputError  # noqa: E402
 from eckart.hf.registry import prepare_for_saving  # noqa: E402
 from eckart.hf.tensor_parallel import adapt_plan  # noqa: E402
 from eckart.layers import PivotedLinear, quantise_layer  # noqa: E402
+from two_processes import two_processes  # noqa: E402
 
 pytest.importorskip("transformers.distributed.tensor_parallel")
 
@@ -95,18 +93,7 @@ def ran(tmp_path_factory) -> list[dict]:
     for name, model in models().items():
         prepare_for_saving(model)
         model.eval().save_pretrained(folder / name)
-    script = results / "script.py"
-    script.write_text(SCRIPT)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    process = subprocess.run(
-        [*launch, str(script), str(Path(__file__).parent), str(folder), str(results)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    two_processes(SCRIPT, results, Path(__file__).parent, folder, results)
     return [json.loads((results / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from eckart.errors import InputError
 from eckart.moments import Moments, collect
 from eckart.moments.collect import draws
 from eckart.records import Site
+from two_processes import two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::eckart.errors.EckartWarning")
 
@@ -80,20 +78,7 @@ def test_alone_nothing_is_added() -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(script), str(Path(__file__).parent), str(tmp_path)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    two_processes(SCRIPT, tmp_path, Path(__file__).parent, tmp_path)
     whole = collected(BATCHES)
     for rank in (0, 1):
         found = Moments.load(tmp_path / f"rank{rank}")
