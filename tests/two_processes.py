@@ -30,12 +30,6 @@ def two_processes(script: str, folder: Path, *arguments: object) -> None:
             text=True,
             timeout=PATIENCE + 60,
             env={**os.environ, **own},
-                **os.environ,
-                "PYTHONPATH": str(Path(__file__).parent),
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-            },
             check=False,
         )
         if attempt == 1 and ran.returncode != 0 and "Timeout (0:" in ran.stderr:
