@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from eckart.verbs.methods import methods
     from eckart.verbs.plan import plan
     from eckart.verbs.preview import preview
+    from eckart.verbs.prune import prune_model
     from eckart.verbs.save import save
     from eckart.verbs.stream import compress_stream
 
@@ -83,6 +84,7 @@ __all__ = [
     "plan",
     "preview",
     "prune",
+    "prune_model",
     "save",
 ]
 
@@ -96,6 +98,7 @@ _LAZY = {verb: f"eckart.verbs.{verb}" for verb in _VERBS.split()} | {
     "Moments": "eckart.moments",
     "adapt_plan": "eckart.verbs.adapt",
     "compress_stream": "eckart.verbs.stream",
+    "prune_model": "eckart.verbs.prune",
     "Plan": "eckart.planning",
 }
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from eckart.errors import InputError
 
 SiteKind = Literal["linear", "conv1d", "conv", "embedding", "experts"]
-FormKind = Literal["dense", "lowrank", "pivoted", "narrow"]
-UnitKind = Literal["neurons", "values", "queries"]
+FormKind = Literal["dense", "lowrank", "pivoted", "narrow", "sparse"]
+UnitKind = Literal["neurons", "values", "queries", "heads"]
 
 Progress = Callable[[str, int, int], None]
 """Told ``(stage, done, total)`` as long work goes on."""
@@ -71,10 +71,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """Maps that become narrower together: the neurons of an MLP, the values or the queries of an attention.
+    """Maps that become narrower together: the neurons of an MLP, the values, the queries or the heads of an attention.
 
-    A unit of width k keeps k of its ``full_rank`` neurons (or directions of the values, or coordinates of
-    queries and keys), and every one of them costs the same.
+    A unit of width k keeps k of its ``full_rank`` neurons (or directions of the values, coordinates of queries
+    and keys, or heads of keys and values with all that reads them), and every one of them costs the same.
     """
 
     name: str

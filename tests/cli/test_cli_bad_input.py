@@ -190,7 +190,7 @@ def test_python_dash_m(place):
 
 COMMANDS = (
     *("calibrate", "plan", "compress", "compensate", "evaluate", "export", "methods", "claims", "doctor", "demo"),
-    *("schema", "inspect", "dimension"),
+    *("schema", "inspect", "dimension", "prune"),
 )
 
 

@@ -12,9 +12,9 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from eckart.apply.units import narrow_sites, prepare_units, replace_narrow, units_of
+from eckart.apply.units import prepare_units, units_of
 from eckart.arch import find_sites, site_matrices
-from eckart.modules import PreparedUnit, get_module_method
+from eckart.modules import PreparedUnit, get_module_method, narrow_sites, replace_narrow
 from eckart.moments import Moments, collect, sampled_targets
 from eckart.records import Site
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
 
 from eckart.apply.bits import dense_noises, metric_of, quantisable, site_bits, unit_bits
 from eckart.apply.prepare import PreparedSite
+from eckart.apply.sparse import Fit, fitted, sparse_choices
 from eckart.arch import site_matrices, site_module
 from eckart.compression import kfac
+from eckart.errors import InputError
 from eckart.layers import supported_forms, unsupported
 from eckart.modules import PreparedUnit, UnitFacts
 from eckart.moments import Moments
@@ -47,6 +49,17 @@ class Table:
     bits: tuple[int, ...]
     rank_multiple: int
     min_rank: int
+    _fits: dict[str, tuple[int, Fit]] = field(default_factory=dict, repr=False)
+
+    def sparse_fit(self, site: Site, kept: int) -> Fit:
+        """The site with so many weights in every row. The last one of each site is kept for the probes."""
+        known = self._fits.get(site.name)
+        if known is None or known[0] != kept:
+            if self.moments is None:
+                raise InputError(f"{site.name}: zeros are chosen by moments; there are none.")
+            fit = fitted(site_matrices(self.model, site)[0], self.moments.site(site.name), kept)
+            known = self._fits[site.name] = (kept, fit)
+        return known[1]
 
     def groups(self) -> list[Group]:
         """One group for each site on its own, and for sites that units hold together."""
@@ -84,6 +97,16 @@ class Table:
             metric = metric_of(weights, self.moments.site(site.name), kfac.Options())
             choices = site_bits(part, choices, metric, self.bits, size)
             noises[site.name] = dense_noises(weights["weight"], metric, self.bits)
+        if "sparse" in self.forms and self.moments is not None and quantisable(site):
+            zeros = sparse_choices(
+                site,
+                site_matrices(self.model, site)[0],
+                self.moments.site(site.name),
+                self.bits,
+                size,
+                choices.whole,
+            )
+            choices = Choices.joined([choices, zeros])
         return Curve(site=site, choices=choices)
 
     def _unit_curve(self, each: UnitFacts, noises: Mapping[str, Mapping[int, float]]) -> Curve:

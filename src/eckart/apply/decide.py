@@ -14,13 +14,14 @@ from eckart.apply.choices import Table, element_size, forms_of
 from eckart.apply.crew import Crew, crew_of
 from eckart.apply.prepare import PreparedSite, prepare_sites
 from eckart.apply.probe import refine
+from eckart.apply.sparse import flat_sparse
 from eckart.apply.units import prepare_units, units_of
 from eckart.arch import model_size, site_size
 from eckart.compression import CompressMethod, get_method
 from eckart.errors import InputError
 from eckart.modules import NATIVE_KINDS, ModuleMethod, PreparedUnit, module_units, obs
 from eckart.moments import Moments
-from eckart.planning import Allocation, Curve, Group, Plan, choices_for, solve, solve_groups
+from eckart.planning import Allocation, Choices, Curve, Group, Plan, choices_for, solve, solve_groups
 from eckart.planning.make import write_plan
 from eckart.records import Budget, FormKind, Progress, Site, Size, Unit, silent
 
@@ -42,7 +43,11 @@ def default_allocation(method: CompressMethod | ModuleMethod) -> Allocation:
 
 
 def check_allocation(
-    method: CompressMethod | ModuleMethod, allocation: Allocation | None, budget: Budget, bits: Sequence[int]
+    method: CompressMethod | ModuleMethod,
+    allocation: Allocation | None,
+    budget: Budget,
+    bits: Sequence[int],
+    forms: Sequence[FormKind] = (),
 ) -> Allocation:
     """The allocation, or the method's own. Raises InputError where the parts of a request do not go together."""
     allocation = allocation or default_allocation(method)
@@ -56,6 +61,14 @@ def check_allocation(
         raise InputError(
             f"bits are chosen under one global budget in units of the loss; got method {method.name!r} with "
             f"allocation {allocation!r}. Take method 'kfac' or 'modules' with allocation 'global'."
+        )
+    if "sparse" in forms and (
+        isinstance(method, ModuleMethod) or not method.loss_units or allocation != "global" or budget.unit != "bytes"
+    ):
+        raise InputError(
+            "zeros that are not stored save bytes, no multiply-adds and no time, and are chosen in units of the loss: "
+            f"the form sparse needs a budget in bytes and method 'kfac' with allocation 'global'; got a budget in "
+            f"{budget.unit}, method {method.name!r} and allocation {allocation!r}."
         )
     return allocation
 
@@ -101,7 +114,7 @@ def decide(
     Raises InputError where method, moments and allocation do not go together, BudgetError where the budget
     cannot be met.
     """
-    allocation = check_allocation(method, allocation, budget, bits)
+    allocation = check_allocation(method, allocation, budget, bits, forms)
     mixed = method.loss_units and allocation == "global"
     modules = isinstance(method, ModuleMethod)
     narrow = modules or (mixed and "narrow" in forms)
@@ -195,14 +208,16 @@ def check_budget(
     if isinstance(method, ModuleMethod):
         table = flat_table(model, sites, method, options, allocation, bits, rank_multiple, min_rank)
         solve_groups(table.groups(), budget, rest_of(model, sites))
-    elif not bits or budget.unit != "bytes":
+    elif not (bits or "sparse" in forms) or budget.unit != "bytes":
         equal_shares(model, sites, budget, forms, rank_multiple, min_rank)
     else:
         curves = []
         for curve in flat_curves(model, sites, forms, rank_multiple, min_rank):
             site, choices = curve.site, curve.choices
             if isinstance(site, Site) and quantisable(site):
-                choices = flat_bits(site, choices, bits, element_size(model, site))
+                zeros = flat_sparse(site, bits, element_size(model, site), choices.whole)
+                choices = flat_bits(site, choices, bits, element_size(model, site)) if bits else choices
+                choices = Choices.joined([choices, zeros]) if "sparse" in forms else choices
             curves.append(Curve(site=site, choices=choices))
         solve_groups([Group.single(curve) for curve in curves], budget, rest_of(model, sites))
 

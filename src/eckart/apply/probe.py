@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eckart.apply.bits import quantisable, rounded_dense, rounded_form
 from eckart.apply.choices import Table
+from eckart.apply.sparse import rounded_fit
 from eckart.arch import site_matrices
 from eckart.compression.factorise import cut
 from eckart.errors import BudgetError
@@ -150,6 +151,13 @@ def _replaced(table: Table, chosen: Chosen) -> Iterator[None]:
 
 def _write_site(table: Table, site: Site, choice: Choice, write: Callable[[Tensor, Tensor], None]) -> None:
     if choice.form == "dense" and not choice.bits:
+        return
+    if choice.form == "sparse":
+        fit = table.sparse_fit(site, choice.rank)
+        weights = site_matrices(table.model, site)[0]
+        write(weights["weight"], rounded_fit(fit, choice.bits) if choice.bits else fit.weight)
+        if fit.bias is not None and "bias" in weights:
+            write(weights["bias"], fit.bias)
         return
     raw = None
     if choice.bits and table.moments is not None and quantisable(site):

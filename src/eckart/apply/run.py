@@ -14,21 +14,23 @@ from eckart.apply.bits import dense_of, metric_of, quantise_site
 from eckart.apply.crew import Crew, Job, crew_of, do_all
 from eckart.apply.error import relative_error
 from eckart.apply.prepare import PreparedSite, job_of, prepare_site, prepare_tasks, site_moments
-from eckart.apply.units import (
-    NarrowSite,
-    held_out_unit,
-    narrow_sites,
-    prepare_units,
-    replace_narrow,
-    unit_error,
-    units_of,
-)
+from eckart.apply.sparse import make_sparse
+from eckart.apply.units import held_out_unit, prepare_units, unit_error, units_of
 from eckart.arch import get_module, model_size, set_module, site_matrices, site_module, site_size
 from eckart.compression import CompressMethod, get_method, kfac, options_for
 from eckart.errors import InputError, problems
 from eckart.forms import Form, Pivoted
 from eckart.layers import layer_from_forms, tie_to, unsupported
-from eckart.modules import Piece, PreparedUnit, UnitFacts, get_module_method
+from eckart.modules import (
+    KNOWN_KINDS,
+    NarrowSite,
+    Piece,
+    PreparedUnit,
+    UnitFacts,
+    get_module_method,
+    narrow_sites,
+    replace_narrow,
+)
 from eckart.moments import Moments
 from eckart.planning import Plan, Step, check
 from eckart.planning.curve import INDEX_BYTES
@@ -129,7 +131,7 @@ def apply_plan(
     Raises InputError, with everything that is wrong, before the model is touched.
     """
     start = time.perf_counter()
-    facts = {each.unit.name: each for each in units_of(model, sites, None)} if _narrow_steps(plan) else {}
+    facts = {each.unit.name: each for each in units_of(model, sites, KNOWN_KINDS)} if _narrow_steps(plan) else {}
     check(plan, sites, [each.unit for each in facts.values()])
     by_name = {site.name: site for site in sites}
     steps = {step.site: step for step in plan.steps}
@@ -138,7 +140,7 @@ def apply_plan(
     planned = [
         (site, steps[site.name])
         for site in sites
-        if site.name in steps and steps[site.name].form not in ("dense", "narrow")
+        if site.name in steps and steps[site.name].form not in ("dense", "narrow", "sparse")
     ]
     certified: Mapping[str, float | None] = {}
     if certify and moments is not None:
@@ -205,7 +207,7 @@ def _compressed(
     known = [None if moments is None else site_moments(moments, site, i) for i in range(site.slices)]
     weights = site_matrices(model, site)[0]
     metric = None
-    if step.bits and known[0] is not None and method.loss_units:
+    if (step.bits or step.form == "sparse") and known[0] is not None and method.loss_units:
         metric = metric_of(weights, known[0], kfac.Options())
     predicted, loss = 0.0, 0.0 if method.loss_units else None
     rank = step.rank
@@ -220,6 +222,16 @@ def _compressed(
             loss = metric.loss(lost)
         if known[0] is not None:
             predicted = relative_error(exact, exact - lost, known[0], centred=False)
+        after = layer_size(site_module(model, site))
+    elif step.form == "sparse":
+        if known[0] is None or metric is None:
+            raise InputError(f"{site.name}: the form sparse needs moments with gradients, and a method that uses them.")
+        exact = weights["weight"].to("cpu", torch.float64).clone()
+        with torch.no_grad():
+            make_sparse(model, site, step, weights, known[0])
+        stored = dense_of(site_module(model, site)).to("cpu", torch.float64)
+        loss = metric.loss(exact - stored)
+        predicted = relative_error(exact, stored, known[0], centred="bias" in weights)
         after = layer_size(site_module(model, site))
     else:
         part = prepared.get(site.name)

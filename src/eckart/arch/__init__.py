@@ -4,7 +4,7 @@ from eckart.arch.families import family_of, find_units
 from eckart.arch.fingerprint import fingerprint
 from eckart.arch.matrices import check_finite, site_matrices, stored_weight
 from eckart.arch.modules import Block, find_blocks, get_module, set_module, site_module
-from eckart.arch.sites import find_sites, skipped_sites
+from eckart.arch.sites import find_sites, name_matches, skipped_sites
 from eckart.arch.size import model_size, site_size
 from eckart.arch.units import MLP, Attention, Rows, Units, expand_kv, head_columns, head_rows, rotary_pairs
 
@@ -25,6 +25,7 @@ __all__ = [
     "head_columns",
     "head_rows",
     "model_size",
+    "name_matches",
     "rotary_pairs",
     "set_module",
     "site_matrices",

@@ -48,8 +48,8 @@ def find_sites(
     sites = tuple(
         found.site
         for found in pool
-        if (not include or any(_matches(pattern, found.names) for pattern in include))
-        and not any(_matches(pattern, found.names) for pattern in exclude)
+        if (not include or any(name_matches(pattern, found.names) for pattern in include))
+        and not any(name_matches(pattern, found.names) for pattern in exclude)
     )
     if pool and not sites:
         raise InputError(
@@ -187,7 +187,8 @@ def _role(name: str, block: Block | None) -> str:
     return f"{block.label}.{path}" if block.label else path
 
 
-def _matches(pattern: str, names: Sequence[str]) -> bool:
+def name_matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether one of the dotted names fits a pattern, read as :func:`find_sites` reads its patterns."""
     if pattern.startswith("re:"):
         return any(re.search(pattern[3:], name) for name in names)
     return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for name in names)
@@ -200,14 +201,14 @@ def _fault(pattern: str, pool: Sequence[_Found], survey: _Survey) -> str | None:
             re.compile(pattern[3:])
         except re.error as error:
             return f"{pattern!r} is not a regular expression: {error}."
-    if any(_matches(pattern, found.names) for found in pool):
+    if any(name_matches(pattern, found.names) for found in pool):
         return None
     for found in survey.found:
-        if _matches(pattern, found.names):
+        if name_matches(pattern, found.names):
             flag = "embeddings" if "embeddings" in found.places else "head"
             return f"{pattern!r} matches {found.site.name}, which is left out by default. Ask for it with {flag}=True."
     for name, reason in survey.skipped:
-        if _matches(pattern, [name]):
+        if name_matches(pattern, [name]):
             return f"{pattern!r} matches {name}, which is left alone: {reason}."
     roles = dict.fromkeys(found.site.role for found in pool)
     names = dict.fromkeys(found.site.name for found in pool)

@@ -224,7 +224,7 @@ def _ranks(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
     return {f"{name}.": entry["rank"]}
 
 
-_WHOLE = {"group-sparse": "packed", "vector-coded": "assignments", "random-features": "readout"}
+_WHOLE = {"group-sparse": "packed", "sparse": "mask", "vector-coded": "assignments", "random-features": "readout"}
 """Kinds of layers without factors, and the ending of a tensor that each has."""
 _FACTOR = ("weight", "codes", "_weight_qdata")
 """Endings of the tensor that holds a factor: in floats, in integers of Eckart's, in integers of torchao's."""

@@ -22,6 +22,7 @@ from eckart.cli.export import export
 from eckart.cli.inspect import inspect
 from eckart.cli.methods import methods
 from eckart.cli.plan import plan
+from eckart.cli.prune import prune
 from eckart.cli.schema import schema
 from eckart.cli.terminal import Interrupted, Terminal, show_warnings
 from eckart.errors import EckartError, InputError
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS = (
-    *(inspect, calibrate, plan, compress, compensate, evaluate, export, adapt, convert, dimension),
+    *(inspect, calibrate, plan, compress, prune, compensate, evaluate, export, adapt, convert, dimension),
     *(methods, claims, doctor, demo, schema),
 )
 for verb in VERBS:

@@ -12,6 +12,7 @@ from pathlib import Path
 import eckart
 from eckart.cli.flags import keywords, leaves
 from eckart.cli.recipe import (
+    KINDS,
     BudgetSection,
     CompressRecipe,
     DataSection,
@@ -49,6 +50,8 @@ _NOT_STREAMED = {
     "dtype": "weights are computed with as they are stored",
     "device": "it runs on the CPU",
 }
+BITS = (8, 4)
+"""What ``--options bits`` allows: those that a budget in bytes has by itself."""
 _BUDGET_FLAGS = ", ".join(f"--{name.replace('_', '-')}" for name in _UNITS)
 
 
@@ -145,6 +148,30 @@ def plan_problems(recipe: CompressRecipe) -> list[str]:
     return found
 
 
+def kinds_problems(recipe: CompressRecipe | PlanRecipe) -> list[str]:
+    """``--options`` says in words what ``--form`` and ``--bits`` say in detail, and zeros save bytes only."""
+    section = recipe.forms
+    found = []
+    given = [f"--{flag}" for flag, value in (("form", section.allow), ("bits", section.bits)) if value]
+    if section.kinds is not None and given:
+        found.append(f"--options and {' and '.join(given)} say the same; leave out one or the other.")
+    sparse = "sparse" in (*(section.kinds or ()), *(section.allow or ()))
+    if sparse and _given(recipe.budget) and recipe.budget.max_bytes is None:
+        found.append("sparse: zeros that are not stored save bytes, no multiply-adds and no time; give --max-bytes.")
+    return found
+
+
+def forms_of(recipe: CompressRecipe | PlanRecipe) -> dict[str, object]:
+    """The keywords ``forms`` and ``bits`` that ``--options`` stands for; none without it."""
+    kinds = recipe.forms.kinds
+    if kinds is None:
+        return {}
+    forms = ("dense", *(form for kind in KINDS if kind in kinds for form in KINDS[kind]))
+    if "bits" not in kinds:
+        return {"forms": forms, "bits": ()}
+    return {"forms": forms, "bits": BITS}
+
+
 def source_problems(recipe: CompressRecipe) -> list[str]:
     """Statistics come from data or from a moments file, and what is for calibrating needs data."""
     found = data_problems(recipe.data) + file_problems("--moments", recipe.moments)
@@ -224,5 +251,5 @@ def moments_problems(recipe: CompressRecipe | PlanRecipe) -> list[str]:
 
 def _given(section: Section) -> list[str]:
     """Flags of the fields of a section that are set."""
-    flags = {"name": "--method", "options": "--option", "allow": "--form"}
+    flags = {"name": "--method", "options": "--option", "allow": "--form", "kinds": "--options"}
     return [flags.get(n, f"--{n.replace('_', '-')}") for n, value in section if value not in (None, [])]

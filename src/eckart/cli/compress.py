@@ -34,6 +34,7 @@ def compress(recipe: CompressRecipe, terminal: Terminal, dry_run: bool) -> None:
         checks.required(recipe.model, "MODEL", "model")
         + checks.plan_problems(recipe)
         + checks.source_problems(recipe)
+        + checks.kinds_problems(recipe)
         + checks.queue_problems(recipe)
         + checks.stream_problems(recipe, dry_run)
         + (
@@ -45,7 +46,7 @@ def compress(recipe: CompressRecipe, terminal: Terminal, dry_run: bool) -> None:
         )
     )
     checks.refuse(checks.moments_problems(recipe))
-    asked = keywords(recipe)
+    asked = keywords(recipe) | checks.forms_of(recipe)
     budget = checks.budget_of(recipe.budget)
     if budget is not None:
         asked["budget"] = budget

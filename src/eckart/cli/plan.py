@@ -21,10 +21,11 @@ def plan(recipe: PlanRecipe, terminal: Terminal, dry_run: bool) -> None:
         checks.required(recipe.model, "MODEL", "model")
         + checks.file_problems("--moments", recipe.moments)
         + checks.budget_problems(recipe.budget)
+        + checks.kinds_problems(recipe)
         + ([] if dry_run else checks.output_problems(recipe.output.file, recipe.output.overwrite, folder=False))
     )
     checks.refuse(checks.moments_problems(recipe))
-    asked = {**keywords(recipe), "budget": checks.budget_of(recipe.budget)}
+    asked = {**keywords(recipe), **checks.forms_of(recipe), "budget": checks.budget_of(recipe.budget)}
     if dry_run:
         with terminal.working() as progress:
             preview = eckart.preview(str(recipe.model), **asked, progress=progress)

@@ -7,6 +7,7 @@ This is the one table behind the options of the command line, their help, the re
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -50,7 +51,21 @@ def parse_bits(given: object) -> int:
 
 
 Bits = Annotated[int, BeforeValidator(parse_bits), WithJsonSchema({"enum": [8, 4, 2]})]
-FormName = Literal["dense", "lowrank", "pivoted", "narrow"]
+FormName = Literal["dense", "lowrank", "pivoted", "narrow", "sparse"]
+KindName = Literal["rank", "width", "sparse", "bits"]
+KINDS: dict[str, tuple[FormName, ...]] = {
+    "rank": ("lowrank", "pivoted"),
+    "width": ("narrow",),
+    "sparse": ("sparse",),
+    "bits": (),
+}
+"""What ``--options`` allows, beside maps as they are; ``bits`` is about numbers."""
+
+
+def parse_kinds(given: object) -> object:
+    """``rank,sparse`` as a list of words; lists of such words are joined."""
+    texts = given if isinstance(given, list) else [given]
+    return [word for text in texts for word in str(text).replace(" ", "").split(",") if word]
 
 
 class Section(BaseModel):
@@ -160,7 +175,15 @@ class FormsSection(Section):
     ] = Field(
         default=None,
         description="Form that a map may take: dense, lowrank or pivoted; narrow: MLPs and attentions may become "
-        "narrower (under one global budget). Repeatable.",
+        "narrower (under one global budget); sparse: zeros that are not stored (under one in bytes). Repeatable.",
+    )
+    kinds: Annotated[
+        Annotated[list[KindName], BeforeValidator(parse_kinds), Field(min_length=1)] | None,
+        Flag("--options", "KINDS"),
+    ] = Field(
+        default=None,
+        description="Which kinds of change a budget may choose from, instead of --form and --bits: some of rank, "
+        "width, sparse, bits, with commas. sparse: zeros that are not stored, under a budget in bytes.",
     )
     bits: Annotated[list[Bits] | None, Flag("--bits", "BITS", "bits")] = Field(
         default=None,
@@ -376,6 +399,87 @@ class CompensateRecipe(Section):
     output: AdapterOutput = AdapterOutput()
 
 
+def parse_pattern_words(given: object) -> str:
+    """``unstructured``, ``2:4``, …, as words with single spaces. Raises ValueError for others."""
+    text = " ".join(str(given).lower().split())
+    if text in ("unstructured", "row", "outputs", "inputs", "neurons", "heads") or re.fullmatch(r"runs of \d+", text):
+        return text
+    found = re.fullmatch(r"(\d+) ?: ?(\d+)|(?:keep )?(\d+) of (\d+)", text)
+    if found is None:
+        raise ValueError(
+            "expected unstructured, row, 2:4 (keep 2 of 4), 'keep 2 of 8', 'runs of 16', outputs, inputs, neurons or "
+            "heads"
+        )
+    n, m = (int(group) for group in found.groups() if group is not None)
+    if not 1 <= n < m:
+        raise ValueError("expected 1 ≤ n < m in 'keep n of m', where n is what stays")
+    return f"keep {n} of {m}"
+
+
+def pattern_share(pattern: str | None) -> float | None:
+    """The share that "keep n of m" keeps; None for patterns that take any."""
+    found = re.fullmatch(r"keep (\d+) of (\d+)", pattern or "")
+    return None if found is None else int(found.group(1)) / int(found.group(2))
+
+
+Pattern = Annotated[str, BeforeValidator(parse_pattern_words), WithJsonSchema({"type": "string"})]
+
+
+class PruneSection(Section):
+    """What is taken out."""
+
+    keep: Annotated[float | None, Field(gt=0, lt=1), Flag("--keep", "SHARE", "keep")] = Field(
+        default=None,
+        description="Share that stays: of the weights, or of the neurons or heads of every layer. 0.5 removes half. "
+        "'keep n of m' says it by itself.",
+    )
+    pattern: Annotated[Pattern | None, Flag("--pattern", "PATTERN", "pattern", default="unstructured")] = Field(
+        default=None,
+        description="unstructured, row, 2:4 (keep 2 of 4), 'keep 2 of 8': zeros, for size on disk. neurons or heads: "
+        "narrower layers, which are smaller and faster.",
+    )
+    method: Annotated[
+        Literal["kfac", "sparsegpt", "wanda", "magnitude"] | None,
+        Flag("--method", "NAME", "method", default="kfac"),
+    ] = Field(default=None, description="Which weights become zero: kfac, sparsegpt, wanda or magnitude.")
+    refit: Annotated[bool | None, Flag("--refit", "", "refit", default="yes")] = Field(
+        default=None, description="Fit what stays to what was there, by least squares."
+    )
+    allocation: Annotated[
+        Literal["loss", "uniform", "global", "owl", "farms"] | None,
+        Flag("--allocation", "loss|uniform|global|owl|farms", "allocation"),
+    ] = Field(
+        default=None,
+        description="How zeros are spread over the layers. By default loss for kfac, else uniform.",
+    )
+    rank: Annotated[int | None, Field(ge=0), Flag("--rank", "R", "rank", default="0")] = Field(
+        default=None, description="Rank of a product beside every map with zeros, saved as a LoRA for PEFT."
+    )
+
+
+class NamesSection(Section):
+    """Which maps of the model are pruned."""
+
+    include: Annotated[list[str] | None, Flag("--include", "PATTERN", "include")] = Field(
+        default=None, description="Only maps whose name matches: a glob or re:REGEX. Repeatable."
+    )
+    exclude: Annotated[list[str] | None, Flag("--exclude", "PATTERN", "exclude")] = Field(
+        default=None, description="Leave out maps whose name matches. Repeatable."
+    )
+
+
+class PruneRecipe(Section):
+    """Recipe of ``eckart prune``."""
+
+    model: Model = Field(default=None, description=_MODEL)
+    data: DataSection = DataSection()
+    moments: Moments = Field(default=None, description="File written by `eckart calibrate`, instead of --data.")
+    prune: PruneSection = PruneSection()
+    sites: NamesSection = NamesSection()
+    run: RunSection = RunSection()
+    output: FolderOutput = FolderOutput()
+
+
 TrainBudget = Annotated[
     dict[Literal["parameters", "model_keep"], float],
     BeforeValidator(parse_budget),
@@ -506,6 +610,7 @@ RECIPES: dict[str, type[Section]] = {
     "compress": CompressRecipe,
     "evaluate": EvaluateRecipe,
     "compensate": CompensateRecipe,
+    "prune": PruneRecipe,
     "adapt": AdaptRecipe,
     "inspect": InspectRecipe,
 }

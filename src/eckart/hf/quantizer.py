@@ -33,6 +33,7 @@ from eckart.layers import (
     FACTORED,
     FactoredExperts,
     SNNKLinear,
+    SparseLinear,
     TiedLayer,
     dense_keys,
     describe,
@@ -46,13 +47,14 @@ FORMAT_VERSION = 1
 _NEEDS = {
     "quantised": "quantised",
     "group-sparse": "coded",
+    "sparse": "sparse",
     "vector-coded": "coded",
     "random-features": "random-features",
 }
 """Kinds of layers that a reader of the first version does not know, and the feature that each belongs to."""
 FEATURES = frozenset({*_NEEDS.values(), "torchao"})
 """What a checkpoint may list under ``requires`` for this version to read it: layers with integer weights of Eckart's,
-with coded ones, blocks on random features, and an ``inner`` config of torchao's."""
+with coded ones, with zeros that are not stored, blocks on random features, and an ``inner`` config of torchao's."""
 
 
 class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -158,6 +160,8 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in model.modules():
             if isinstance(layer, SNNKLinear):
                 layer.draw()  # the seed has been read by now
+            elif isinstance(layer, SparseLinear):
+                layer.unpack()
         align(model)
         attach(model, self)
         if self.inner is not None:  # get_state_dict_and_metadata does the reverse; transformers would try to, and fails

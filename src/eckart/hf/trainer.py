@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from eckart.errors import FileError, InputError
+from eckart.prune import Schedule
 from eckart.training import Maestro, TrainedRankPruning
 
 STATE_FILE = "eckart_training.safetensors"
@@ -39,7 +40,7 @@ class RankCallback(TrainerCallback):  # type: ignore[misc]
     ``trainer.train(resume_from_checkpoint=folder)``.
     """
 
-    def __init__(self, engine: TrainedRankPruning | Maestro) -> None:
+    def __init__(self, engine: TrainedRankPruning | Maestro | Schedule) -> None:
         self.engine = engine
         self._hook: Any = None
         self._nested = False

@@ -20,6 +20,7 @@ from eckart.layers.narrow import NarrowColumns, NarrowRows, narrow_layer, widene
 from eckart.layers.quantise import quantise_layer
 from eckart.layers.quantised import PACKED_BITS, Quantised, QuantisedEmbedding, QuantisedLinear
 from eckart.layers.random_features import SNNKLinear
+from eckart.layers.sparse import SparseLinear
 from eckart.layers.vector_coded import LR2VQConv2d, LR2VQLinear, VectorCoded
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "QuantisedEmbedding",
     "QuantisedLinear",
     "SNNKLinear",
+    "SparseLinear",
     "Table",
     "TiedEmbedding",
     "TiedHead",

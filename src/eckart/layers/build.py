@@ -26,6 +26,7 @@ from eckart.layers.linear import FactoredLinear, PivotedLinear, StructuredLinear
 from eckart.layers.narrow import NarrowColumns, NarrowLinear, NarrowRows, narrow_entry, smaller
 from eckart.layers.quantised import Quantised, QuantisedLinear, quantised_skeleton
 from eckart.layers.random_features import SNNKLinear
+from eckart.layers.sparse import SparseLinear, sparse_skeleton
 from eckart.layers.vector_coded import LR2VQConv2d, LR2VQLinear, VectorCoded
 from eckart.records import FormKind, Site
 
@@ -38,6 +39,7 @@ FACTORED = (
     QuantisedLinear,
     NarrowLinear,
     GroupSparseInt4,
+    SparseLinear,
     VectorCoded,
     SNNKLinear,
 )
@@ -258,6 +260,8 @@ def layer_skeleton(entry: Mapping[str, Any], original: nn.Module, table: nn.Modu
         quantised = quantised_skeleton(entry, original)
         keep_mark(original, quantised)
         return quantised.train(original.training)
+    if kind == "sparse":
+        return sparse_skeleton(entry, original).train(original.training)
     if kind in ("group-sparse", "vector-coded"):
         return _coded(entry, original).train(original.training)
     if kind == "experts":

@@ -6,7 +6,7 @@ tr(G (W₂ − W₂′) Σ (W₂ − W₂′)ᵀ) has a closed form for every pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,8 @@ class PreparedNeurons:
     order: Tensor
     """(width,): the most useful neuron first."""
     errors: Tensor
+    refit: bool = True
+    """Whether W₂ is fitted to the neurons that stay, or keeps their columns and its bias."""
     _fits: dict[int, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def _kept(self, width: int) -> Tensor:
@@ -44,26 +46,18 @@ class PreparedNeurons:
     def _refitted(self, width: int) -> Tensor:
         """W₂′ (out, width). The last one is kept: probes, errors and the cut ask for the same width."""
         if width not in self._fits:
-            kept = self._kept(width)
-            down = self.weights[self.mlp.down]["weight"].to("cpu", torch.float64)
-            added = floor(self.second)  # on both sides: full width then gives back W₂, whatever Σ is
-            inside = self.second[kept][:, kept]
-            inside.diagonal().add_(added)
-            moved = down @ self.second[:, kept] + added * down[:, kept]
+            weight, kept = self.weights[self.mlp.down]["weight"], self._kept(width)
             self._fits.clear()
-            self._fits[width] = torch.cholesky_solve(moved.T, torch.linalg.cholesky(inside)).T
+            self._fits[width] = (
+                refitted_columns(weight, self.second, kept) if self.refit else weight[:, kept].to("cpu", torch.float64)
+            )
         return self._fits[width]
 
     def _bias(self, width: int) -> Tensor | None:
-        """The bias of the second map, which takes up what the mean loses."""
         down = self.weights[self.mlp.down]
-        bias = _exact(down.get("bias"))
-        if bias is None or self.mean is None:
-            return bias
-        lost = (
-            down["weight"].to("cpu", torch.float64) @ self.mean - self._refitted(width) @ self.mean[self._kept(width)]
-        )
-        return bias + lost
+        if not self.refit:
+            return _exact(down.get("bias"))
+        return bias_with_mean(down, self.mean, self._kept(width), lambda: self._refitted(width))
 
     def cut(self, width: int) -> tuple[Piece, ...]:
         kept = self._kept(width)
@@ -81,6 +75,27 @@ class PreparedNeurons:
         dense = torch.zeros_like(self.weights[self.mlp.down]["weight"], dtype=torch.float64, device="cpu")
         dense[:, self._kept(width)] = self._refitted(width)
         return self.mlp.down, dense, self._bias(width)
+
+
+def refitted_columns(weight: Tensor, second: Tensor, kept: Tensor) -> Tensor:
+    """W′ = W Σ_{:J} Σ_JJ⁻¹ (m, kept), float64: the least-squares fit of W x on the inputs J that stay."""
+    weight = weight.to("cpu", torch.float64)
+    added = floor(second)  # on both sides: all inputs then give back W, whatever Σ is
+    inside = second[kept][:, kept]
+    inside.diagonal().add_(added)
+    moved = weight @ second[:, kept] + added * weight[:, kept]
+    fitted: Tensor = torch.cholesky_solve(moved.T, torch.linalg.cholesky(inside)).T
+    return fitted
+
+
+def bias_with_mean(
+    map_: Mapping[str, Tensor], mean: Tensor | None, kept: Tensor, refitted: Callable[[], Tensor]
+) -> Tensor | None:
+    """The bias of a map whose inputs ``kept`` stay, which takes up what the mean loses; None without one."""
+    bias = _exact(map_.get("bias"))
+    if bias is None or mean is None:
+        return bias
+    return bias + map_["weight"].to("cpu", torch.float64) @ mean - refitted() @ mean[kept]
 
 
 def _exact(tensor: Tensor | None) -> Tensor | None:
@@ -161,3 +176,13 @@ def errors_in_order(target: Tensor, second: Tensor, order: Tensor) -> Tensor:
     errors: Tensor = energies.new_zeros(len(energies) + 1)
     errors[:-1] = energies.flip(0).cumsum(0).flip(0)
     return errors
+
+
+def errors_without_refit(target: Tensor, second: Tensor, order: Tensor) -> Tensor:
+    """(n + 1,): the objective at width 0 … n where the others are cut out and nothing else changes.
+
+    With M = (TᵀT) ∘ Σ in that order, the sum of its entries from k on in both directions.
+    """
+    ordered = ((target.T @ target) * second)[order][:, order]
+    sums = ordered.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    return torch.cat([sums.clamp(min=0.0), sums.new_zeros(1)])

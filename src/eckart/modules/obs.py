@@ -41,7 +41,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eckart.compression import kfac
@@ -50,23 +50,27 @@ from eckart.errors import InputError, unknown
 from eckart.modules.method import ModuleMethod, PreparedUnit
 from eckart.modules.prepare import Scores, Weights, prepare_unit
 from eckart.modules.trial import KEEPS, factored_rise, narrow_rise
-from eckart.modules.units import ALL_KINDS, UnitFacts
+from eckart.modules.units import ALL_KINDS, KNOWN_KINDS, UnitFacts
 from eckart.moments import SiteMoments
 from eckart.records import Claim, Paper, UnitKind, Verdict
 
 
-def check_parts(method: str, parts: object) -> None:
-    """Raises InputError unless the option names kinds of units."""
+def check_parts(method: str, parts: object, known: Sequence[UnitKind] = ALL_KINDS) -> None:
+    """Raises InputError unless the option names kinds of units that go together."""
     if parts is None:
         return
     if not isinstance(parts, (list, tuple)) or not parts:
         raise InputError(
-            f"method {method!r}: the option parts lists some of {', '.join(ALL_KINDS)}, as in "
+            f"method {method!r}: the option parts lists some of {', '.join(known)}, as in "
             f'["neurons", "values"]; got {parts!r}.'
         )
     for part in parts:
-        if part not in ALL_KINDS:
-            raise InputError(unknown(f"part for method {method!r}", str(part), ALL_KINDS))
+        if part not in known:
+            raise InputError(unknown(f"part for method {method!r}", str(part), known))
+    if "heads" in parts and {"values", "queries"} & set(parts):
+        raise InputError(
+            f"method {method!r}: heads leave whole, or become narrower; take heads, or values and queries."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +78,26 @@ class Options:
     """Which parts become narrower, and how far the two metrics are trusted."""
 
     parts: tuple[UnitKind, ...] | None = None
-    """neurons, values, queries; None: all under a global budget, and under a uniform one those whose width a plain
-    config can state (neurons)."""
+    """neurons, values, queries, heads; None: all but heads under a global budget, and under a uniform one those whose
+    width a plain config can state (neurons). Heads exclude values and queries."""
     gradient_shrinkage: float = 0.5
     """γ, as in ``kfac``."""
     input_shrinkage: float | None = None
     """ρ, as in ``kfac``."""
     correct_bias: bool = True
     """As in ``kfac``."""
+    refit: bool = True
+    """Fit the map that reads the neurons or heads to those that stay; false: cut, and change nothing else."""
 
     def __post_init__(self) -> None:
-        check_parts("modules", self.parts)
+        check_parts("modules", self.parts, KNOWN_KINDS)
         option_share("modules", "gradient_shrinkage", self.gradient_shrinkage)
         if self.input_shrinkage is not None:
             option_share("modules", "input_shrinkage", self.input_shrinkage)
         option_flag("modules", "correct_bias", self.correct_bias)
+        option_flag("modules", "refit", self.refit)
+        if not self.refit and (self.parts is None or set(self.parts) - {"neurons", "heads"}):
+            raise InputError("method 'modules': refit=False is for parts among neurons and heads; name them in parts.")
 
 
 def scores_of(options: Options) -> Scores:
@@ -98,7 +107,7 @@ def scores_of(options: Options) -> Scores:
         input_shrinkage=options.input_shrinkage,
         correct_bias=options.correct_bias,
     )
-    return Scores(metric=metric, gradients=True)
+    return Scores(metric=metric, gradients=True, refit=options.refit)
 
 
 def prepare(unit: UnitFacts, weights: Weights, moments: Mapping[str, SiteMoments], options: Options) -> PreparedUnit:

@@ -13,8 +13,15 @@ from eckart.compression import kfac
 from eckart.compression.needs import needed
 from eckart.errors import InputError
 from eckart.linalg import symmetric_root
+from eckart.modules.heads import PreparedHeads, group_columns, removal_order_of_groups
 from eckart.modules.method import PreparedUnit
-from eckart.modules.neurons import PreparedNeurons, errors_in_order, leverage_order, removal_order
+from eckart.modules.neurons import (
+    PreparedNeurons,
+    errors_in_order,
+    errors_without_refit,
+    leverage_order,
+    removal_order,
+)
 from eckart.modules.queries import PreparedQueries, directions, pair_scores
 from eckart.modules.units import UnitFacts
 from eckart.modules.values import PreparedValues, picked_heads, value_bases
@@ -34,6 +41,8 @@ class Scores:
     leverage: float | None = None
     """Ridge of the leverage scores of neurons; None for the scores of optimal brain surgery."""
     equal_heads: bool = False
+    refit: bool = True
+    """Of neurons and heads: whether the map that reads them is fitted to those that stay."""
 
 
 def prepare_unit(unit: UnitFacts, weights: Weights, moments: Mapping[str, SiteMoments], scores: Scores) -> PreparedUnit:
@@ -45,6 +54,8 @@ def prepare_unit(unit: UnitFacts, weights: Weights, moments: Mapping[str, SiteMo
     facts = unit.facts
     if isinstance(facts, MLP):
         return _neurons(unit, facts, weights, moments, scores)
+    if unit.unit.kind == "heads":
+        return _heads(unit, facts, weights, moments, scores)
     if unit.unit.kind == "values":
         return _values(unit, facts, weights, moments, scores)
     return _queries(unit, facts, weights, moments, scores)
@@ -89,7 +100,8 @@ def _neurons(
         second=second,
         mean=mean,
         order=order,
-        errors=errors_in_order(target, second, order),
+        errors=(errors_in_order if scores.refit else errors_without_refit)(target, second, order),
+        refit=scores.refit,
     )
 
 
@@ -109,6 +121,27 @@ def _values(
         bases=tuple(bases),
         picked=picked,
         errors=errors,
+    )
+
+
+def _heads(
+    unit: UnitFacts, attention: Attention, weights: Weights, moments: Mapping[str, SiteMoments], scores: Scores
+) -> PreparedHeads:
+    second, root, mean = _metrics(attention.output, weights, moments, scores)
+    target = _seen(root, weights[attention.output]["weight"])
+    groups = group_columns(attention)
+    order = removal_order_of_groups(target, second, groups)
+    columns = torch.cat([groups[i] for i in order])
+    errors = (errors_in_order if scores.refit else errors_without_refit)(target, second, columns)
+    return PreparedHeads(
+        unit=unit.unit,
+        attention=attention,
+        weights=weights,
+        second=second,
+        mean=mean,
+        order=order,
+        errors=errors[:: len(groups[0])],
+        refit=scores.refit,
     )
 
 

@@ -11,9 +11,13 @@ from eckart.arch import MLP, Attention, find_units
 from eckart.records import Site, Unit, UnitKind
 
 ALL_KINDS: tuple[UnitKind, ...] = ("neurons", "values", "queries")
+"""What becomes narrower where nothing is said."""
+KNOWN_KINDS: tuple[UnitKind, ...] = (*ALL_KINDS, "heads")
+"""Heads go whole, which is coarser than fewer directions of each; so only where they are asked for."""
 NATIVE_KINDS: tuple[UnitKind, ...] = ("neurons",)
 """Those whose width the config of a family can state: one size of the MLPs. Heads share one size among queries, keys
-and values, which rotary frequencies are computed from, so an attention that is narrower needs Eckart's loader."""
+and values, which rotary frequencies are computed from, so an attention whose heads are narrower needs Eckart's loader;
+one with fewer heads only where the config divides its width by their number (BERT)."""
 
 
 NORMALISED = (
@@ -46,6 +50,7 @@ def module_units(
     for attention in found.attentions:
         if not _there(attention, by_name):
             continue
+        units.append(_heads(attention, by_name))
         units.append(_values(attention, by_name))
         if attention.query_norm is None and attention.key_norm is None:
             units.append(_queries(attention, by_name))
@@ -111,6 +116,26 @@ def _queries(attention: Attention, sites: Mapping[str, Site]) -> UnitFacts:
         width_rows=((group, query.in_features), (1, key.in_features)),
     )
     return UnitFacts(_placed(unit, query), attention)
+
+
+def _heads(attention: Attention, sites: Mapping[str, Site]) -> UnitFacts:
+    size, group = attention.head_dim, attention.heads // attention.kv_heads
+    query, key, value, output = (
+        sites[name] for name in (attention.query.site, attention.key.site, attention.value.site, attention.output)
+    )
+    columns = group * size
+    rows = ((columns, query.in_features), (size, key.in_features), (size, value.in_features))
+    unit = Unit(
+        name=f"{attention.name}#heads",
+        kind="heads",
+        sites=_names(attention),
+        full_rank=attention.kv_heads,
+        width_parameters=sum(number * inputs for number, inputs in rows) + columns * output.out_features,
+        width_indices=0 if attention.resizable else 2 * (size + columns),
+        width_rows=rows,
+        width_columns=((output.out_features, columns),),
+    )
+    return UnitFacts(_placed(unit, output), attention)
 
 
 def _placed(unit: Unit, site: Site) -> Unit:

@@ -60,11 +60,13 @@ def _misfits(step: Step, site: Site) -> list[str]:
     found = []
     if step.form not in FORMS:
         found.append(unknown("form", step.form, FORMS))
+    elif step.form == "sparse":
+        found += _sparse(step, site)
     elif step.form not in supported_forms(site):
         slices = f" of {site.slices} slices" if site.slices > 1 else ""
         fitting = ", ".join(supported_forms(site))
         found.append(f"the form {step.form} does not fit a {site.kind} site{slices}; take one of {fitting}")
-    if not 1 <= step.rank <= site.full_rank:
+    if step.form != "sparse" and not 1 <= step.rank <= site.full_rank:
         found.append(f"rank {step.rank} is not from 1 to the full rank {site.full_rank}")
     if step.method not in METHODS:
         return [*found, unknown("method", step.method, METHODS)]
@@ -79,11 +81,24 @@ def _misfits(step: Step, site: Site) -> list[str]:
     return found
 
 
+def _sparse(step: Step, site: Site) -> list[str]:
+    """What is wrong with a step of zeros."""
+    n = site.in_features
+    found = []
+    if site.kind not in ("linear", "conv1d") or site.slices > 1 or site.tied:
+        found.append(f"the form sparse is for linear maps of their own weight; this is a {site.kind} site")
+    if not 1 <= step.rank <= n:
+        found.append(f"rank {step.rank} is not from 1 to {n}, the weights of a row")
+    elif step.of and (step.of < 2 or n % step.of or step.rank * step.of % n):
+        found.append(f"rank {step.rank} and of {step.of}: {n} inputs are no such groups with whole counts")
+    return found
+
+
 def _storage(step: Step) -> list[str]:
     """What is wrong with how the numbers of a step are stored."""
+    found = ["of is for the form sparse"] if step.of and step.form != "sparse" else []
     if not step.bits:
-        return ["group and repair need bits"] if step.group or step.repair else []
-    found = []
+        return found + (["group and repair need bits"] if step.group or step.repair else [])
     if step.bits not in PACKED_BITS:
         found.append(f"bits is one of {', '.join(map(str, PACKED_BITS))}, or 0 for as stored; got {step.bits}")
     if step.group < 1:
@@ -102,6 +117,9 @@ def _narrow(step: Step, units: Mapping[str, Unit], changed: set[str]) -> list[st
     if not 1 <= step.rank <= unit.full_rank or step.rank % unit.step:
         multiple = f" and a multiple of {unit.step}" if unit.step > 1 else ""
         found.append(f"{step.site}: width {step.rank} is not from 1 to {unit.full_rank}{multiple}")
+    whole = [step.site.rpartition("#")[0] + kind for kind in ("#values", "#queries")] if unit.kind == "heads" else []
+    if clash := [name for name in whole if name in changed]:
+        found.append(f"{step.site}: heads leave whole, so {', '.join(clash)} cannot become narrower too")
     twice = [name for name in unit.sites if name in changed]
     if twice:
         found.append(f"{step.site}: {', '.join(twice)} would change twice; keep the step of the unit or of the maps")

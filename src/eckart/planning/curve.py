@@ -13,7 +13,7 @@ from eckart.arch import site_size
 from eckart.errors import InputError, NotFiniteError, unknown
 from eckart.records import FormKind, Site, Size, Unit
 
-FORMS: tuple[FormKind, ...] = ("dense", "lowrank", "pivoted", "narrow")
+FORMS: tuple[FormKind, ...] = ("dense", "lowrank", "pivoted", "narrow", "sparse")
 INDEX_BYTES = 4
 """Layers store the row order of the pivoted form, and the positions of the narrow one, as int32."""
 
@@ -24,7 +24,7 @@ class Choice:
 
     form: FormKind
     rank: int
-    """Of every slice; the full rank for dense."""
+    """Of every slice; the full rank for dense, and weights kept in a row for sparse."""
     size: Size
     """Of the weight with its indices, over all slices, biases left out."""
     loss: float
@@ -170,7 +170,7 @@ def choices_for(
     whole = site_size(site, bytes_per_number)
     parts: list[Choices] = []
     for form in dict.fromkeys(forms):
-        if form == "narrow":  # a unit's, not a site's
+        if form in ("narrow", "sparse"):  # a unit's, not a site's; and what needs moments, not a curve over ranks
             continue
         if form == "dense":
             parts.append(Choices.of([Choice("dense", site.full_rank, whole, 0.0)], whole=whole))

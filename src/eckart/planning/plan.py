@@ -16,7 +16,7 @@ from eckart.planning.solver import Allocation
 from eckart.records import BUDGET_WORDS, Budget, FormKind, Size
 
 FORMAT_VERSION = 1
-_STORAGE = ("bits", "group", "repair")
+_STORAGE = ("bits", "group", "repair", "of")
 """How a step stores its numbers; left out where they stay as they are."""
 
 
@@ -28,7 +28,8 @@ class Step:
     """Dotted name; of a unit with its kind, ``model.layers.0.mlp#neurons``."""
     form: FormKind
     rank: int = 0
-    """Directions kept in every slice, or the width of a unit; of no meaning where the form is dense."""
+    """Directions kept in every slice, the width of a unit, or weights kept in every row where the form is sparse; of
+    no meaning where it is dense."""
     method: str
     """Name of the method that chooses the factors."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -39,6 +40,8 @@ class Step:
     """Columns that share a scale, where there are bits."""
     repair: int = 0
     """Rank of a correction beside quantised numbers."""
+    of: int = 0
+    """Where the form is sparse: as many weights stay of every so many neighbours; 0: anywhere in the row."""
 
 
 @dataclass(frozen=True, kw_only=True)

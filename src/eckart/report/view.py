@@ -14,7 +14,13 @@ from eckart.report.layout import group_of, stack_of
 from eckart.report.palette import step
 from eckart.report.verdict import METRICS, flagged, headline, kept, metric_of
 
-FORM_WORDS = {"dense": "kept dense", "lowrank": "two factors", "pivoted": "pivoted", "narrow": "narrower"}
+FORM_WORDS = {
+    "dense": "kept dense",
+    "lowrank": "two factors",
+    "pivoted": "pivoted",
+    "narrow": "narrower",
+    "sparse": "sparse",
+}
 MANY_PANELS = 24
 """With more kinds of layers than this, all curves share one drawing."""
 
@@ -179,7 +185,7 @@ def _row(index: int, layer: LayerOutcome) -> Row:
         full_name=site.name,
         shape=f"{site.out_features}{fmt.SPACE}×{fmt.SPACE}{site.in_features}{slices}",
         form=_form(layer),
-        rank="full" if dense else f"{layer.rank} / {site.full_rank}",
+        rank="full" if dense else f"{layer.rank} / {site.in_features if layer.form == 'sparse' else site.full_rank}",
         kept=left,
         kept_text=fmt.share(left),
         step=step(left),
@@ -213,7 +219,7 @@ def _panel(title: str, lines: Sequence[charts.Line]) -> Panel:
 
 
 def _chosen(row: Row) -> tuple[float, float] | None:
-    if row.layer.form in ("dense", "narrow"):
+    if row.layer.form in ("dense", "narrow", "sparse"):
         return None
     return row.layer.rank / max(1, row.layer.site.full_rank), row.layer.predicted
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eckart.apply.units import narrow_sites
 from eckart.arch import get_module, site_module
 from eckart.checkpoint.weights import Layout, Mark, TensorWriter
 from eckart.hf.mapped import Sources, sources
 from eckart.layers import dense_keys, describe, narrow_layer
-from eckart.modules import Piece
+from eckart.modules import Piece, narrow_sites
 from eckart.planning import Plan, Step
 from eckart.records import Site
 

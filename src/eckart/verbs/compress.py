@@ -158,7 +158,7 @@ def compress(
         known.check(base_print)
     sites = _sites_of(loaded, given, include, exclude, embeddings, head)
     if wanted is not None:
-        check_allocation(chosen, allocation, wanted, width)
+        check_allocation(chosen, allocation, wanted, width, forms)
     if wanted is not None and wanted.loss is None:
         check_budget(
             loaded.model,

@@ -1,0 +1,118 @@
+"""Tensors kept in 8 or 4 bits between uses, and unbiased rounding to bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from eckart.errors import InputError
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def pack(
+    X: Tensor,
+    *,
+    bits: int = 8,
+    signed: bool = True,
+    block: int | None = 256,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and float32 scales of X (…, n): every ``block`` entries along the last dimension share their maximum.
+
+    ``block=None``: one scale a row. Signed: x ≈ s c for c in ±127 (±7), an error of at most s/2 = max|x|/254 (/14).
+    Unsigned, for X ≥ 0 that roots are taken of: x ≈ s (c/255)⁴, exact at 0, above it never 0: relative error
+    of at most about 2/c, 1 % near the maximum and 12 % at 1.5e-5 of it; less than 4e-9 of it rounds up to that.
+    ``generator``, on X's device: rounding up or down at random such that the mean of :func:`unpack` is x (but for that
+    floor); without it to the nearest.
+
+    Codes (…, n) are int8 or uint8; with 4 bits two in a byte of uint8, (…, n/2). Scales are (…, ⌈n/block⌉). NaN and
+    Inf spoil their block, as NaN. Raises InputError for other bits, an odd n with 4 bits, or integers.
+    """
+    if bits not in (4, 8) or (block is not None and block < 1):
+        raise InputError(f"pack: expected 8 or 4 bits and a block of at least 1; got {bits!r}, {block!r}.")
+    if not X.is_floating_point() or not X.ndim or (bits == 4 and X.shape[-1] % 2):
+        raise InputError(
+            f"pack: expected floating point numbers, an even last dimension for 4 bits; "
+            f"got {tuple(X.shape)}, {X.dtype}."
+        )
+    n, top = X.shape[-1], _top(bits, signed)
+    blocks = _blocks(X.float(), block)
+    scales = torch.linalg.vector_norm(blocks, float("inf"), -1, keepdim=True)
+    share = blocks * torch.where(scales < TINY, 0.0, 1 / scales)  # 1/s of what is smaller overflows
+    codes = share * top if signed else share.clamp_min(0).sqrt_().sqrt_().mul_(top)
+    if generator is None:
+        codes.round_()
+    else:
+        low = codes.floor()
+        chance = codes - low if signed else (share - (low / top) ** 4) / (((low + 1) / top) ** 4 - (low / top) ** 4)
+        codes = low + (torch.rand(codes.shape, generator=generator, device=X.device) < chance)
+    if not signed:
+        codes = torch.where(share > 0, codes.clamp_(1, top), 0.0)
+    stored = codes.flatten(-2)[..., :n].to(torch.int8 if signed else torch.uint8)
+    if bits == 4:
+        nibbles = (stored + 8 if signed else stored).to(torch.uint8)
+        stored = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+    return stored, scales.squeeze(-1)
+
+
+def unpack(
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    bits: int = 8,
+    signed: bool = True,
+    block: int | None = 256,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What :func:`pack` stored, in ``dtype``; the options have to be those of the call to it."""
+    if bits == 4:
+        whole = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.float32)
+        whole = whole - 8 if signed else whole
+    else:
+        whole = codes.to(torch.float32)
+    n, top = whole.shape[-1], _top(bits, signed)
+    blocks = _blocks(whole, block)
+    if signed:
+        values = blocks * (scales / top).unsqueeze(-1)
+    else:
+        values = (blocks / top).square().square() * scales.unsqueeze(-1)
+    return values.flatten(-2)[..., :n].to(dtype)
+
+
+def round_stochastically(
+    X: Tensor, dtype: torch.dtype = torch.bfloat16, generator: torch.Generator | None = None
+) -> Tensor:
+    """X in bfloat16, each entry rounded up or down at random with mean X; a new tensor, or X where that is its dtype.
+
+    16 random bits an entry are added below those that stay. Small updates of bfloat16 weights count on average
+    this way, which are lost where every one is rounded to the nearest. NaN and Inf stay. ``generator``: on X's device.
+    Raises InputError for another ``dtype``.
+    """
+    if X.dtype == dtype:
+        return X
+    if dtype != torch.bfloat16 or not X.is_floating_point():
+        raise InputError(
+            f"round_stochastically: expected floating point numbers to bfloat16; got {X.dtype} to {dtype}."
+        )
+    exact = X.float().contiguous()
+    words = torch.empty((exact.numel() + 3) // 4, dtype=torch.int64, device=X.device)
+    words.random_(-(2**63), None, generator=generator)  # 4 × 16 bits
+    noise = words.view(torch.int16)[: exact.numel()].to(torch.int32).bitwise_and_(0xFFFF).view(exact.shape)
+    rounded = noise.add_(exact.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
+    return torch.where(exact.isfinite(), rounded, exact).to(dtype)
+
+
+def _top(bits: int, signed: bool) -> int:
+    return (1 << (bits - 1)) - 1 if signed else (1 << bits) - 1
+
+
+def _blocks(X: Tensor, block: int | None) -> Tensor:
+    """(…, n) as (…, ⌈n/block⌉, block), padded with zeros; (…, 1, n) without blocks."""
+    n = X.shape[-1]
+    if block is None or n <= block:
+        return X.unsqueeze(-2)
+    if n % block:
+        X = pad(X, (0, -n % block))
+    return X.reshape(*X.shape[:-1], -1, block)
