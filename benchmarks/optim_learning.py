@@ -34,7 +34,7 @@ from eckart.data import read_texts
 from eckart.training import SparseSpectralTraining
 
 RESULTS = Path(__file__).parent / "results" / "optim_learning.json"
-STEPS, BATCH, WINDOW, WARMUP = 300, 4, 128, 20
+STEPS, BATCH, WINDOW, WARMUP = 200, 4, 128, 20
 RANK = 0.25
 SETTINGS = {"steps": STEPS, "batch": BATCH, "window": WINDOW, "rank": RANK, "layers": 2, "width": 128}
 FACTOR = 3.0
@@ -124,14 +124,12 @@ def optimizers() -> dict[str, tuple[Callable[[nn.Module, float], Made], tuple[fl
         "AdamW (torch, fused)": (plain(lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.0, fused=True)), adam),
         "Muon (torch)": (lambda m, lr: (Pair(m, lr, torch.optim.Muon), lambda: None), wide),
         "Muon": (muon_like(lambda p, lr, **o: optim.Muon(p, lr=lr, **o)), wide),
-        "Muon, bf16 state": (muon_like(lambda p, lr, **o: optim.Muon(p, lr=lr, state_dtype="bf16", **o)), wide),
         "Muon, int8 state": (muon_like(lambda p, lr, **o: optim.Muon(p, lr=lr, state_dtype="int8", **o)), wide),
         "GaLore": (plain(lambda p, lr: optim.GaLore(p, lr=lr, rank=RANK, every=50, scale=1.0)), low),
         "DCT-AdamW": (plain(lambda p, lr: optim.DCTAdamW(p, lr=lr, rank=RANK, feedback=None)), low),
         "DCT-AdamW, int8 feedback": (plain(lambda p, lr: optim.DCTAdamW(p, lr=lr, rank=RANK, feedback="int8")), low),
         "rows": (subspace(subspace="rows"), low),
         "rows, int8 feedback": (subspace(subspace="rows", feedback="int8"), low),
-        "rows, int8 feedback, bf16 state": (subspace(subspace="rows", feedback="int8", state_dtype="bf16"), low),
         "rows of 1/8, int8 feedback and state": (
             plain(
                 lambda p, lr: optim.Subspace(p, lr, subspace="rows", rank=RANK / 2, feedback="int8", state_dtype="int8")
@@ -139,7 +137,6 @@ def optimizers() -> dict[str, tuple[Callable[[nn.Module, float], Made], tuple[fl
             low,
         ),
         "power": (subspace(subspace="power"), low),
-        "power, int8 feedback": (subspace(subspace="power", feedback="int8"), low),
         "AdamW rule, int8 state": (plain(lambda p, lr: optim.Subspace(p, lr, rule="adam", state_dtype="int8")), adam),
         "AuON": (muon_like(lambda p, lr, **o: optim.AuON(p, lr=lr, **o)), (0.1, 0.3, 0.9)),
         "SST": (spectral, adam),

@@ -55,9 +55,10 @@ TIGHT: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "refit": False},
     "wanda + refit, Σ": {"method": "wanda", "gradients": False},
     "sparsegpt + refit, Σ": {"method": "sparsegpt", "gradients": False},
-    "kfac (default)": {},
+    "sparsegpt + refit (default)": {},
+    "kfac": {"method": "kfac"},
     "sparsegpt + refit, Σ, + rank 16": {"method": "sparsegpt", "gradients": False, "rank": 16},
-    "kfac (default) + rank 16": {"rank": 16},
+    "sparsegpt + refit (default), + rank 16": {"rank": 16},
 }
 
 

@@ -85,20 +85,19 @@ WEIGHTS: dict[str, Callable[[Run], Engine]] = {
     "rigl": lambda r: rigl_training(r.model, keep=r.keep, steps=r.steps),
     "dsl": lambda r: dynamic_sparse_learning(r.model, keep=r.keep, steps=r.steps, embeddings=False, head=False),
     "wgsef": lambda r: group_envelope(r.model, keep=r.keep, steps=r.steps),
-    "fixed at the start": lambda r: gradual_magnitude(
+    "gradual-magnitude, erk": lambda r: gradual_magnitude(r.model, keep=r.keep, steps=r.steps, allocation="erk"),
+    "fixed at the start, erk": lambda r: gradual_magnitude(
         r.model, keep=r.keep, steps=r.steps, allocation="erk", curve="one-shot"
     ),
 }
 """Methods that remove single weights; the first is the baseline. A new one is one line."""
 NEURONS: dict[str, Callable[[Run], Engine]] = {
     "gradual-magnitude, neurons": lambda r: Schedule(
-        r.model, selector="magnitude", keep=r.keep, steps=r.steps, groups=r.groups, allocation="global"
+        r.model, selector="magnitude", keep=r.keep, steps=r.steps, groups=r.groups
     ),
     "hesso": lambda r: hesso_training(r.model, keep=r.keep, steps=r.steps, groups=r.groups),
     "hesso-cric (100 steps more)": _with_cric,
-    "wgsef, neurons": lambda r: group_envelope(
-        r.model, keep=r.keep, steps=r.steps, groups=r.groups, allocation="global"
-    ),
+    "wgsef, neurons": lambda r: group_envelope(r.model, keep=r.keep, steps=r.steps, groups=r.groups),
 }
 """Methods that remove neurons; the first is the baseline."""
 
@@ -118,7 +117,9 @@ class _Flow:
 
 
 PATTERNS: dict[str, Callable[[Run], Engine]] = {
-    "gradual-magnitude, 1:m": lambda r: gradual_magnitude(r.model, steps=r.steps, pattern=f"1:{round(1 / r.keep)}"),
+    "gradual-magnitude, 1:m": lambda r: gradual_magnitude(
+        r.model, keep=r.keep, steps=r.steps, pattern=f"1:{round(1 / r.keep)}"
+    ),
     "sr-ste": lambda r: _Flow(r, "sr-ste"),
     "mdgf-linear": lambda r: _Flow(r, "mdgf-linear"),
     "mdgf-exponential": lambda r: _Flow(r, "mdgf-exponential"),

@@ -355,3 +355,67 @@ def test_a_module_in_memory_stays_as_it_is(base):
 def test_the_verb_itself_refuses(base, wrong, words):
     with pytest.raises(eckart.InputError, match=words):
         eckart.prune_model(str(base / "model"), **wrong)
+
+
+# ---- eckart compress --options
+
+ENOUGH = ("compress", "m", "--data", "stdlib:source", "--max-bytes", "1MB", "-o", "x")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "forms", "bits"),
+    [
+        ("rank,width,sparse,bits", ("dense", "lowrank", "pivoted", "narrow", "sparse"), (8, 4)),
+        ("sparse", ("dense", "sparse"), ()),
+        ("bits, rank", ("dense", "lowrank", "pivoted"), (8, 4)),
+        ("width", ("dense", "narrow"), ()),
+    ],
+)
+def test_kinds_are_forms_and_bits(run, verbs, place, kinds, forms, bits):
+    ran = run(*ENOUGH, "--options", kinds)
+    assert ran.code == 0, ran.err
+    asked = next(keywords for verb, _, keywords in verbs.calls if verb == "compress")
+    assert (asked["forms"], asked["bits"]) == (forms, bits)
+
+
+def test_without_kinds_nothing_is_passed_on(run, verbs, place):
+    ran = run(*ENOUGH)
+    assert ran.code == 0, ran.err
+    asked = next(keywords for verb, _, keywords in verbs.calls if verb == "compress")
+    assert not {"forms", "bits"} & set(asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*ENOUGH, "--options", "rank,spars"), "unknown value 'spars'. Did you mean 'sparse'?"),
+        ((*ENOUGH, "--options", "rank", "--bits", "8"), "--options and --bits say the same"),
+        ((*ENOUGH, "--options", "rank", "--form", "dense"), "--options and --form say the same"),
+        (("compress", "m", "--data", "stdlib:source", "--keep", ".5", "-o", "x", "--options", "sparse"), "--max-bytes"),
+        (("compress", "m", "--data", "stdlib:source", "--keep", ".5", "-o", "x", "--form", "sparse"), "--max-bytes"),
+        (
+            ("plan", "m", "--moments", "moments.safetensors", "--max-macs", "1M", "-o", "x", "--options", "sparse"),
+            "--max-bytes",
+        ),
+        ((*ENOUGH, "--plan", "moments.safetensors", "--options", "rank"), "--options would"),
+    ],
+    ids=str,
+)
+def test_kinds_that_cannot_be(run, verbs, place, arguments, words):
+    ran = run(*arguments)
+    assert ran.code == 2
+    assert words in " ".join(ran.err.split())
+    assert verbs.calls == []
+
+
+def test_zeros_under_a_budget_in_bytes_from_folder_to_folder(run, base, tmp_path):
+    tf = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    limit = int(0.7 * sum(p.stat().st_size for p in (base / "model").glob("model*.safetensors")))
+    arguments = ("--moments", base / "moments.safetensors", "--max-bytes", limit, "--options", "sparse", "--no-certify")
+    ran = run("compress", base / "model", *arguments, "-o", out, "--json", "-q")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["outcome"]["model_after"]["bytes"] <= limit
+    assert any(step["form"] == "sparse" for step in found["plan"]["steps"])
+    assert logits(tf.AutoModelForCausalLM.from_pretrained(out)).isfinite().all()

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from eckart.optim import Subspace
 
 PRESETS = sorted(cls.__name__ for cls in Subspace.__subclasses__())
 OPTIONS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("Apollo", "Dion", "Fira", "Frugal", "GaLore", "Trion"), {"rank": 0.25}),
+    **{name: {"rank": 0.25} for name in ("Apollo", "Dion", "Fira", "Frugal", "GaLore", "Trion")},
     "DCTAdamW": {"rank": 0.25, "feedback": "fp32"},
     "low bits": {"rule": "adam", "subspace": "power", "rank": 0.25, "feedback": "int8", "state_dtype": "int8"},
     "halves": {"rule": "momentum", "subspace": "svd", "rank": 2, "every": 2, "carry": "rotate", "state_dtype": "bf16"},

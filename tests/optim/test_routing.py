@@ -93,13 +93,16 @@ def test_gpt2_splits_its_columns() -> None:
             lambda: tf.DbrxForCausalLM(
                 tf.DbrxConfig(
                     d_model=24, n_heads=4, n_layers=2, vocab_size=40,
-                    attn_config={"kv_n_heads": 2, "rope_theta": 1e4}, ffn_config={"ffn_hidden_size": 8, "moe_num_experts": 2},
+                    attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+                    ffn_config={"ffn_hidden_size": 8, "moe_num_experts": 2},
                 )
             ),
             (24, 12, 12),
         ),
         (
-            lambda: tf.CodeGenForCausalLM(tf.CodeGenConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)),
+            lambda: tf.CodeGenForCausalLM(
+                tf.CodeGenConfig(vocab_size=40, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+            ),
             None,
         ),
     ],
@@ -192,8 +195,12 @@ def test_overrides_come_last_and_of_two_the_later_wins() -> None:
         model,
         lr=0.1,
         other_lr=0.01,
-        overrides={"re:layers\\.0.*proj": {"rank": 4, "lr": 0.2}, "layers.0.mlp.*.weight": {"rank": 8}, "lm_head.*": {"matrix": True}},
-    )  # fmt: skip
+        overrides={
+            "re:layers\\.0.*proj": {"rank": 4, "lr": 0.2},
+            "layers.0.mlp.*.weight": {"rank": 8},
+            "lm_head.*": {"matrix": True},
+        },
+    )
     of = {name: group for group in groups for name in group["param_names"]}
     assert of["model.layers.0.mlp.up_proj.weight"]["rank"] == 8
     assert of["model.layers.0.self_attn.q_proj.weight"]["rank"] == 4
@@ -217,7 +224,7 @@ def test_every_fault_is_told_at_once() -> None:
         )
     for part in ("q_prj", "k_proj", "regular expression", "lr is a number", "weight_decay", "base_width"):
         assert part in str(caught.value)
-    with pytest.raises(InputError, match="unknown scale 'mpu'. Did you mean 'mup'"):
+    with pytest.raises(InputError, match=r"unknown scale 'mpu'\. Did you mean 'mup'"):
         param_groups(model, scale="mpu")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="without scale"):
         param_groups(model, base_width=8)

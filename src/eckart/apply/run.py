@@ -14,7 +14,7 @@ from eckart.apply.bits import dense_of, metric_of, quantise_site
 from eckart.apply.crew import Crew, Job, crew_of, do_all
 from eckart.apply.error import relative_error
 from eckart.apply.prepare import PreparedSite, job_of, prepare_site, prepare_tasks, site_moments
-from eckart.apply.sparse import make_sparse
+from eckart.apply.sparse import held_out_sparse, make_sparse
 from eckart.apply.units import held_out_unit, prepare_units, unit_error, units_of
 from eckart.arch import get_module, model_size, set_module, site_matrices, site_module, site_size
 from eckart.compression import CompressMethod, get_method, kfac, options_for
@@ -103,12 +103,35 @@ def held_out_errors(
 
     def error(index: int) -> float | None:
         site, step = todo[index]
+        if step.form == "sparse":
+            return _held_out_sparse(model, site, step, moments)
         method = get_method(step.method)
         return held_out_error(model, site, moments, method, options_for(method, step.options), step.rank)
 
     jobs = [job_of(site, f"{step.method} {step.rank} {dict(step.options)}") for site, step in todo]
     found = do_all(crew_of(crew), "certify", jobs, error, progress=progress)
     return {site.name: one for (site, _), one in zip(todo, found, strict=True)}
+
+
+def _held_out_sparse(model: nn.Module, site: Site, step: Step, moments: Moments) -> float | None:
+    try:
+        half_a, half_b = moments.site(site.name, half="A"), moments.site(site.name, half="B")
+        return held_out_sparse(site_matrices(model, site)[0], half_a, half_b, step)
+    except InputError:  # one of the halves is empty
+        return None
+
+
+def _refuse_blind_zeros(steps: Sequence[Step], moments: Moments | None) -> None:
+    """Zeros are chosen and fitted by second moments and gradients."""
+    known = {} if moments is None else moments.input_of
+    wrong = [
+        f"{step.site}: the form sparse needs moments of it with gradients"
+        for step in steps
+        if step.form == "sparse"
+        and (moments is None or step.site not in known or moments.site(step.site).gradient_scale is None)
+    ]
+    if wrong:
+        raise InputError(problems("the plan needs other moments", wrong))
 
 
 def apply_plan(
@@ -136,11 +159,12 @@ def apply_plan(
     by_name = {site.name: site for site in sites}
     steps = {step.site: step for step in plan.steps}
     _refuse_unsupported(model, [step for step in plan.steps if step.form != "narrow"], by_name)
+    _refuse_blind_zeros(plan.steps, moments)
     model_before = model_size(model)
     planned = [
         (site, steps[site.name])
         for site in sites
-        if site.name in steps and steps[site.name].form not in ("dense", "narrow", "sparse")
+        if site.name in steps and steps[site.name].form not in ("dense", "narrow")
     ]
     certified: Mapping[str, float | None] = {}
     if certify and moments is not None:
@@ -148,7 +172,7 @@ def apply_plan(
     if crew_of(crew) is not None:
         tasks = []
         for site, one in planned:
-            if site.name not in (prepared or {}):
+            if site.name not in (prepared or {}) and one.form != "sparse":
                 method = get_method(one.method)
                 tasks.append((site, method, options_for(method, one.options)))
         shared = prepare_tasks(model, tasks, moments, crew=crew, progress=progress)

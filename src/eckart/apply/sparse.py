@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.apply.bits import GROUP, metric_of
+from eckart.apply.error import relative_error
 from eckart.arch import get_module, set_module
 from eckart.compression import kfac
 from eckart.layers import SparseLinear
@@ -16,7 +17,7 @@ from eckart.linalg import round_groups
 from eckart.moments import SiteMoments
 from eckart.planning import Choice, Choices, Step, quantised_bytes
 from eckart.prune.patterns import NofM, Row
-from eckart.prune.refit import corrected_bias, refit
+from eckart.prune.refit import ITERATIONS, corrected_bias, refit
 from eckart.prune.wanda import wanda_scores
 from eckart.records import Site, Size
 
@@ -54,7 +55,7 @@ def sparse_size(site: Site, kept: int, bits: int, bytes_per_number: int) -> Size
 
 
 def fitted(
-    weights: Mapping[str, Tensor], moments: SiteMoments, kept: int, of: int = 0, iterations: int | None = None
+    weights: Mapping[str, Tensor], moments: SiteMoments, kept: int, of: int = 0, iterations: int = ITERATIONS
 ) -> Fit:
     """Keep ``kept`` weights of every row (or, with ``of``, as many of every ``of`` neighbours) and refit them.
 
@@ -65,15 +66,15 @@ def fitted(
     n = weight.shape[1]
     scores = wanda_scores(weight, second)
     mask = NofM(kept * of // n, of).mask(scores) if of else Row().mask(scores, (kept + 0.5) / n if kept < n else 1.0)
-    S = refit(weight, mask, second, **({} if iterations is None else {"iterations": iterations}))
+    S = refit(weight, mask, second, iterations=iterations)
     if bias is not None and mean is not None:
         bias = corrected_bias(weight, S, bias, mean)
     return Fit(S, mask, bias)
 
 
-def rounded_fit(fit: Fit, bits: int) -> Tensor:
+def rounded_fit(fit: Fit, bits: int, group: int = GROUP) -> Tensor:
     """S (out, in), float64, with its values on the grid that its layer will have."""
-    rounded = round_groups(fit.values(), bits=bits, group=GROUP).dense().to(torch.float64)
+    rounded = round_groups(fit.values(), bits=bits, group=group).dense().to(torch.float64)
     return rounded.new_zeros(fit.weight.shape).masked_scatter(fit.mask, rounded)
 
 
@@ -113,6 +114,13 @@ def flat_sparse(site: Site, bits: Sequence[int], bytes_per_number: int, whole: S
         for width in (0, *bits):
             found.append(Choice("sparse", kept, sparse_size(site, kept, width, bytes_per_number), loss, width))
     return Choices.of(found, whole=whole)
+
+
+def held_out_sparse(weights: Mapping[str, Tensor], half_a: SiteMoments, half_b: SiteMoments, step: Step) -> float:
+    """The relative error on half B of what half A alone would have given."""
+    fit = fitted(weights, half_a, step.rank, step.of)
+    S = rounded_fit(fit, step.bits, step.group) if step.bits else fit.weight
+    return relative_error(weights["weight"], S, half_b, centred="bias" in weights)
 
 
 def make_sparse(model: nn.Module, site: Site, step: Step, weights: Mapping[str, Tensor], moments: SiteMoments) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, layer_norm
 
-from eckart.evidence import learned_problem
 from eckart.evidence.network import CONTEXT, EMBEDDING, HIDDEN, VOCABULARY, WIDTH, initial_parameters
+from eckart.evidence.problem import learned_problem
 from eckart.linalg import truncated_svd
 
 BATCH = 256

@@ -89,7 +89,7 @@ class SparseLinear(CodedLayer, ReplacedLinear):
         weight, own = layer.get_parameter("weight"), getattr(layer, "bias", None)
         transposed = is_conv1d(layer)
         m, n = weight.T.shape if transposed else weight.shape
-        counts = mask.sum(1).unique().tolist() if mask.ndim == 2 else []
+        counts = sorted(set(mask.sum(1).tolist())) if mask.ndim == 2 else []
         rounded = values if isinstance(values, Rounded) else None
         shape = tuple(rounded.codes.shape if rounded is not None else values.shape)  # type: ignore[union-attr]
         wrong = []

@@ -40,8 +40,9 @@ def pack(
     n, top = X.shape[-1], _top(bits, signed)
     blocks = _blocks(X.float(), block)
     scales = torch.linalg.vector_norm(blocks, float("inf"), -1, keepdim=True)
-    share = blocks * torch.where(scales < TINY, 0.0, 1 / scales)  # 1/s of what is smaller overflows
-    codes = share * top if signed else share.clamp_min(0).sqrt_().sqrt_().mul_(top)
+    inverse = torch.where(scales < TINY, 0.0, 1 / scales)  # 1/s of what is smaller overflows
+    share = blocks if signed else blocks * inverse
+    codes = blocks * (inverse * top) if signed else share.clamp_min(0).sqrt_().sqrt_().mul_(top)
     if generator is None:
         codes.round_()
     else:
@@ -115,4 +116,4 @@ def _blocks(X: Tensor, block: int | None) -> Tensor:
         return X.unsqueeze(-2)
     if n % block:
         X = pad(X, (0, -n % block))
-    return X.reshape(*X.shape[:-1], -1, block)
+    return X.reshape(*X.shape[:-1], X.shape[-1] // block, block)

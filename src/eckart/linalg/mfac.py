@@ -96,7 +96,7 @@ def newest_blockwise(
     """F⁻¹g (d,) for the gradient in ``row`` of ``buffer`` (m, d), each block of ``runs`` on its own.
 
     ``gram`` (blocks of more than m coordinates, m, m) is their GGᵀ, in order and up to date; see
-    :func:`push_blockwise`. Blocks of at most m coordinates are factored from the buffer: O(d b m) for length b.
+    ``push_blockwise``. Blocks of at most m coordinates are factored from the buffer: O(d b m) for length b.
     """
     m, d = buffer.shape
     out = torch.empty(d, dtype=working_dtype(buffer.dtype), device=buffer.device)

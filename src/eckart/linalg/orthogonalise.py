@@ -73,7 +73,8 @@ def newton_schulz(
             R = _symmetric(Z, Z.mT)
             Z = torch.baddbmm(Z, _symmetric(R, R).mul_(c).add_(R, alpha=b), Z, beta=a)
     Z = Z.reshape(Y.shape).to(X.dtype)
-    return (Z.mT if tall else Z).contiguous()
+    found: Tensor = (Z.mT if tall else Z).contiguous()
+    return found
 
 
 def _gram_steps(X: Tensor, triples: Sequence[Coefficients]) -> Tensor:

@@ -4,7 +4,7 @@ r"""APOLLO: the gradient itself, its channels scaled as Adam would scale them in
 gradient to r dimensions (r = 1 and one factor for the whole matrix in APOLLO-Mini). The step is the whole gradient
 times these factors, so nothing is lost of its directions.
 
-*Formula.* For G (m × n), m ≥ n: R = G Pᵀ with P (r × n) of independent N(0, 1/r), drawn anew every T steps from a seed;
+*Formula.* For G (m × n), m > n: R = G Pᵀ with P (r × n) of independent N(0, 1/r), drawn anew every T steps from a seed;
 N = Adam(R); s_i = ‖N_i‖ / ‖R_i‖ for each of the m rows (or ‖N‖ / ‖R‖ for all); U = diag(s) G; ‖U_t‖ is kept at most
 1.01 ‖U_{t−1}‖; W ← W − η √α U. α = 1, and 128 for Mini.
 
@@ -105,8 +105,8 @@ METHOD = Technique(
     ),
     entry=Apollo,
     claim=Claim(
-        statement="After 150 steps at rank 24 of 96 the held-out loss is below that of GaLore at the same rank, each "
-        "at the better of two rates.",
+        statement="After 150 steps at rank 24 of 96 the held-out loss is below that of GaLore at the same rank, "
+        "each at the best of three or four rates tried on this problem.",
         source="Table of pre-training LLaMA on C4: APOLLO below GaLore at each size.",
         run=_claim,
     ),

@@ -4,7 +4,7 @@ r"""DCT-AdamW: Adam along the cosine vectors that match the gradient best, with 
 so that nothing but r indices is stored and no decomposition is needed: every step the r columns are chosen along which
 the gradient is largest. What they miss is kept (in int8) and added to the next gradient.
 
-*Formula.* For G (m × n), m ≥ n, Q the n × n cosine matrix (DCT-II): A = G + E; S = A Q; the indices i of the r
+*Formula.* For G (m × n), m > n, Q the n × n cosine matrix (DCT-II): A = G + E; S = A Q; the indices i of the r
 columns of S with the largest sums of magnitudes; E ← A − S_i Q_iᵀ; N = Adam(S_i), W ← (1 − η λ) W − η N Q_iᵀ. The
 moments of the last step are turned into the new columns by R = Q_oldᵀ Q_new: m ← m R, v ← v |R|. Since both are
 columns of one orthogonal matrix, R has one 1 in each row whose column stays and nothing else: those moments stay,
@@ -33,9 +33,9 @@ Large Language Models”, 2025, https://arxiv.org/abs/2505.17967.
 >>> generator = torch.Generator().manual_seed(0)
 >>> W = torch.nn.Parameter(torch.zeros(64, 32))
 >>> A = torch.randn(64, 32, generator=generator)
->>> optimizer = DCTAdamW([W], lr=0.05, rank=8)
+>>> optimizer = DCTAdamW([W], lr=0.1, rank=8)
 >>> for step in range(300):
-...     optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+...     optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
 ...     optimizer.zero_grad()
 ...     (W - A).square().sum().backward()
 ...     optimizer.step()

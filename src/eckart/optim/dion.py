@@ -90,8 +90,8 @@ METHOD = Technique(
     ),
     entry=Dion,
     claim=Claim(
-        statement="After 150 steps at half of the rank the held-out loss is below AdamW's, each at the better of two "
-        "rates.",
+        statement="After 150 steps at half of the rank the held-out loss is below AdamW's, each at the best of "
+        "three or four rates tried on this problem.",
         source="Figures on pre-training: Dion at a quarter to a half of the rank ahead of AdamW at equal steps.",
         run=_claim,
     ),

@@ -32,6 +32,10 @@ class Layout:
         """The largest over d and k on this process, over the whole matrix."""
         return partial
 
+    def mean(self, values: Tensor) -> float:
+        """Of one number for each matrix on this process, over the whole stack."""
+        return float(values.mean())
+
     def by_columns(self, rows: int, columns: int) -> bool:
         """Whether side="auto" spans the columns: the shorter side, or the one that is not sharded."""
         return columns < rows

@@ -15,9 +15,9 @@ few coordinates of a sparse one (``mask``). Blocks of at most m coordinates keep
 
 *When it does not help.* On the byte model of the claim after 150 steps it ends at 2.36 nats per byte (m = 64, λ = 1e-3,
 μ = 0.9, η = 0.05, the best of a few tried), between SGD with momentum (2.38) and Adam (2.33), at three times the time
-of SGD: the claim does not hold. The window is a matter of its learning rate: ‖F⁻¹g‖ is about m/‖g‖ for gradients that
-have little in common, so at η = 0.001, the authors' default for m = 1024, windows of 32 hardly move (6.06 after 200
-steps). Where gradients nearly repeat (full batches), λ has to stay well above float32's rounding of ‖g‖².
+of SGD: the claim does not hold. The rate has to fit the window: ‖F⁻¹g‖ is about m/‖g‖ for gradients that have little in
+common, so at η = 0.001, the authors' default for m = 1024, windows of 32 hardly move (6.06 after 200 steps). Where
+gradients nearly repeat (full batches), λ has to stay well above float32's rounding of ‖g‖².
 
 *Departs from the paper in.* Same update as the authors' code, computed otherwise: they unroll Woodbury's identity one
 gradient at a time by an LU factorisation without pivoting (absent on CPUs in PyTorch; their CUDA kernel wants m to be a

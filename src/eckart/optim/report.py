@@ -64,7 +64,7 @@ def top_singular_value(W: Tensor, layout: Layout, *, steps: int = 20) -> float:
     for _ in range(steps):
         v = layout.along(W @ (W.mT @ (v / size)))
         size = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min_(torch.finfo(W.dtype).tiny)
-    return float(size.sqrt().mean())
+    return layout.mean(size.sqrt())
 
 
 def _cell(value: Any) -> str:

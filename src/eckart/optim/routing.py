@@ -65,7 +65,7 @@ def param_groups(
     split: bool = True,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> ParamGroups:
-    """The trainable parameters of ``model`` as groups, each for the rule that suits it; print them to see who goes where.
+    """The trainable parameters of ``model`` in groups, each for the rule that suits it; print them to see which.
 
     Each group is a plain dict for ``torch.optim``: ``params``, ``param_names``, and
 
@@ -89,8 +89,8 @@ def param_groups(
     meta device, if you like) in place of ``base_width`` is more exact: a matrix counts as such only where both of its
     sides grew, and by the growth of its inputs.
 
-    ``overrides`` maps patterns, as :func:`eckart.arch.find_sites` reads them, on names of parameters to entries of their
-    groups: ``{"router.weight": {"matrix": False}, "h.0.*": {"rank": 8}}``. They come last, are not scaled, and of
+    ``overrides`` maps patterns on names of parameters, read as :func:`eckart.arch.find_sites` reads them, to entries of
+    their groups: ``{"router.weight": {"matrix": False}, "h.0.*": {"rank": 8}}``. They come last, are not scaled, and of
     several that match the later wins.
 
     Raises InputError, with all faults at once, for a model without trainable parameters, patterns that match nothing,
@@ -154,7 +154,7 @@ def _role(held: _Held, heads: tuple[nn.Module, ...]) -> Role:
     leaf = name.rpartition(".")[2]
     if "norm" in type(module).__name__.lower():
         return "norm"
-    if leaf.endswith("bias") or leaf.endswith("_bias"):
+    if leaf.endswith("bias"):
         return "bias"
     if parameter.ndim >= 2 and any(module is head for _, module, _ in held for head in heads):
         return "head"
@@ -218,7 +218,7 @@ def _number(config: Any, names: Iterable[str]) -> int | None:
 
 
 def _split(model: nn.Module, name: str, module: nn.Module, weight: Tensor) -> tuple[int, ...] | None:
-    """Sizes of the blocks of a fused map of queries, keys and values; None where it is one map, or the order unknown."""
+    """Sizes of the blocks of a fused map of queries, keys and values; None for other maps and unknown orders."""
     path, _, leaf = name.rpartition(".")
     owner, _, called = path.rpartition(".")
     if called in ("base_layer", "default"):  # as PEFT wraps a map

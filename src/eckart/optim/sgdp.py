@@ -92,7 +92,8 @@ def turned(make: Make, lr: float, steps: int) -> tuple[float, float]:
 
 def compared(ours: Make, plain: Make, lrs: Sequence[float]) -> Verdict:
     """Whether ``ours`` has shorter weights and smaller gaps after 100 steps than ``plain``, at each of the rates."""
-    figures, held = {}, True
+    figures: dict[str, float] = {}
+    held = True
     for lr in lrs:
         gap, length = turned(ours, lr, 100)
         other_gap, other_length = turned(plain, lr, 100)

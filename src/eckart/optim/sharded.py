@@ -3,12 +3,15 @@
 A matrix that is cut along one side is worked on where it lies. Subspaces span the side that is whole, so that products
 with the basis stay local, and what is summed over the cut side (norms of rows, Gram matrices of them) is one all-reduce
 of few numbers. What needs whole matrices (Newton-Schulz, quantiles) is dealt out: each process gets its share of a
-bucket of equal matrices by one all-to-all, and sends the results back by another. Stacks of matrices that are cut between
-them need neither. All else (several cuts, a fused map cut along the rows that it is split in, a ``side`` that is cut)
-is gathered whole on every process, with one warning.
+bucket of equal matrices by one all-to-all, and sends the results back by another. Stacks that are cut between their
+matrices need neither. All else (several cuts, a fused map cut along the rows that it is split in, a ``side`` that is
+cut) is gathered whole on every process, with one warning.
 
 State has the placements of its parameter, where it is cut at all, so that torch.distributed.checkpoint saves and
-reshards it.
+reshards it. Results are those of one process up to rounding; with int8, whose blocks end where a part does, up to the
+rounding of int8. With ``side="auto"`` one process spans the shorter side and several the whole one: give ``side`` where
+both have to agree. A checkpoint moves to another number of processes if the side that is whole is the shorter one too,
+and nothing is int8; otherwise torch refuses it, naming the sizes.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from eckart.errors import EckartWarning
 from eckart.optim.layout import WHOLE, Layout, local
 from eckart.optim.memory import BLOCK
 
+Cut = Literal["batch", "rows", "columns"]
+"""The dimension of a stack of matrices that is cut."""
+
 _warned = False
 
 
@@ -34,7 +40,8 @@ class Gathered(Layout):
     """Whole on every process: all of them compute the same and keep their part of the weight."""
 
     def local(self, T: Tensor) -> Tensor:
-        return T.full_tensor() if is_spread(T) else T  # type: ignore[attr-defined,no-any-return]
+        found: Tensor = T.full_tensor() if is_spread(T) else T  # type: ignore[attr-defined]
+        return found
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Sharded(Layout):
     """The DeviceMesh."""
     axis: int
     """Its dimension along which processes have different parts; along the others they hold the same."""
-    cut: Literal["batch", "rows", "columns"]
+    cut: Cut
     size: int
     """The length of the side that is cut, over all processes."""
 
@@ -79,6 +86,13 @@ class Sharded(Layout):
     def peak(self, partial: Tensor) -> Tensor:
         return self._reduced(partial, dist.ReduceOp.MAX)
 
+    def mean(self, values: Tensor) -> float:
+        if self.spread:
+            return super().mean(values)
+        total = values.sum()
+        dist.all_reduce(total, group=self.group)
+        return float(total) / self.size
+
     def length(self, k: int) -> int:
         return self.size if self.spread else k
 
@@ -97,11 +111,11 @@ class Sharded(Layout):
         received = [shares[me] * d * length for length in lengths]
         flat = self._exchanged(M, sent, received)
         parts = [
-            part.view(shares[me], d, length) for part, length in zip(flat.split(received), lengths, strict=True)
+            part.view(shares[me], d, length) for part, length in zip(torch.split(flat, received), lengths, strict=True)
         ]
         X = torch.cat(parts, -1)
         done = function(X) if shares[me] else X
-        back = torch.cat([part.reshape(-1) for part in done.split(lengths, -1)])
+        back = torch.cat([part.reshape(-1) for part in torch.split(done, lengths, -1)])
         return self._exchanged(back, received, sent).view(n, d, k)
 
     def kept(self, name: str, T: Tensor) -> Tensor:
@@ -184,14 +198,11 @@ def most_over_processes(count: int, params: Iterable[Tensor]) -> int:
     return count
 
 
-def _side(p: Tensor, group: Mapping[str, Any], placement: Any) -> Literal["batch", "rows", "columns"] | None:
+def _side(p: Tensor, group: Mapping[str, Any], placement: Any) -> Cut | None:
     """Which dimension of the stack (batch, rows, columns) is cut; None where what is asked for cannot work on parts."""
-    sides: tuple[Literal["batch", "rows", "columns"], ...]
-    rows, columns = ("columns", "rows") if group["transposed"] else ("rows", "columns")
-    if p.ndim > 3 or (p.ndim == 3 and group["view"] == "flatten"):
-        sides = (rows,)
-    else:
-        sides = ("batch", rows, columns)[3 - p.ndim :]
+    sides: tuple[Cut, ...] = ("batch", "columns", "rows") if group["transposed"] else ("batch", "rows", "columns")
+    flat = p.ndim > 3 or (p.ndim == 3 and group["view"] == "flatten")
+    sides = sides[1:2] if flat else sides[3 - p.ndim :]
     if placement.dim >= len(sides):
         return None
     side = sides[placement.dim]

@@ -223,7 +223,7 @@ class Subspace(torch.optim.Optimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         states = [self.state[p] for p in params]
@@ -237,6 +237,7 @@ class Subspace(torch.optim.Optimizer):
             [s["step"] for s in states],
             foreach=None if fused else True,
             fused=fused,
+            capturable=torch.compiler.is_compiling(),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -305,10 +306,10 @@ class Subspace(torch.optim.Optimizer):
             raise MismatchError(problems(f"{name} cannot take over this state", faults))
         # The base class would cast every tensor to the dtype of its parameter.
         super().load_state_dict({**state_dict, "state": {}})
-        for index, p, _ in pairs:
+        for index, p, group in pairs:
             if saved := state_dict["state"].get(index):
                 self.state[p] = {
-                    key: value.to(_place(key, value, p), copy=True) if isinstance(value, Tensor) else value
+                    key: value.to(_device(key, p, group), copy=True) if isinstance(value, Tensor) else value
                     for key, value in saved.items()
                 }
 
@@ -570,12 +571,12 @@ def _layer_report(unit: Unit) -> LayerReport:
     if unit.p.grad is not None:
         update = _update([unit])
         assert update.square is not None
-        whole = float(update.square.mean())
-        kept = float(unit.layout.total(update.low.square().sum((-2, -1), keepdim=True)).mean())
+        whole = unit.layout.mean(update.square)
+        kept = unit.layout.mean(unit.layout.total(update.low.square().sum((-2, -1), keepdim=True)))
         captured = kept / whole if whole else None
         step = update.step if update.basis is None else update.basis.up(update.step)
         rate = float(unit.group["lr"]) * scale_of(unit.group, unit.piece)
-        size = rate * float(mean_square(step, unit.layout).mean().sqrt())
+        size = rate * math.sqrt(unit.layout.mean(mean_square(step, unit.layout)))
     waiting = None
     if unit.parts.feedback is not None and (unit.rank is not None or unit.parts.feedback.keep):
         batch, d, k = unit.shape
@@ -583,7 +584,7 @@ def _layer_report(unit: Unit) -> LayerReport:
         memory = Memory([(unit.state, unit.piece.suffix)], layout=unit.layout, dry=True)
         like = torch.empty(0, dtype=work_of(unit.p.dtype), device=unit.p.device)
         E = memory.read("feedback", shape, unit.parts.feedback.dtype, like)
-        waiting = float(unit.layout.total(E.square().sum((-2, -1), keepdim=True)).mean().sqrt())
+        waiting = math.sqrt(unit.layout.mean(unit.layout.total(E.square().sum((-2, -1), keepdim=True))))
     return LayerReport(
         name=name_in(unit.group, unit.place, unit.position) + unit.piece.suffix,
         rows=unit.piece.rows,
@@ -757,9 +758,10 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _place(key: str, value: Tensor, p: Tensor) -> torch.device:
-    """Where an entry of the state lives: counters and seeds of matrices on the CPU."""
-    return value.device if value.device.type == "cpu" and key.partition(".")[0] in ("step", "age", "seed") else p.device
+def _device(key: str, p: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where an entry of the state lives: with the parameter, but for counters and seeds of the pipeline."""
+    counts = key.partition(".")[0] in ("step", "age", "seed") and _is_matrix(p, group)
+    return torch.device("cpu") if counts else p.device
 
 
 def _state_faults(name: str, p: Tensor, group: dict[str, Any], saved: Mapping[str, Any]) -> list[str]:

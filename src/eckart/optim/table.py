@@ -16,6 +16,7 @@ from eckart.optim import (
     lanczos_rates,
     mfac,
     muon,
+    scaling,
     sgdp,
     trion,
 )
@@ -37,6 +38,7 @@ _ALL: tuple[Technique, ...] = (
     mfac.METHOD,
     coordinate.METHOD,
     lanczos_rates.METHOD,
+    scaling.METHOD,
 )
 
 OPTIMIZERS: dict[str, Technique] = {method.name: method for method in _ALL}

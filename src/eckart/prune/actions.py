@@ -166,7 +166,7 @@ class Fade(Action):
 class Prox(Action):
     """Every step, the proximal operator of λ times the group sparse envelope, λ = strength × learning rate."""
 
-    def __init__(self, strength: float = 0.1) -> None:
+    def __init__(self, strength: float = 1.0) -> None:
         self.strength = strength
 
     def faults(self, engine: Engine) -> list[str]:

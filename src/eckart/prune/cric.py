@@ -93,6 +93,8 @@ def cric_scores(
 ) -> CricResult:
     """Corrected scores of coupled groups. The model and the optimizer are as before when it returns.
 
+    Call it before a schedule is attached: it takes steps of its own, and hooks of the optimizer would count them.
+
     ``loss()``: the loss of the next batch, a scalar to differentiate. ``keep``: share of the groups' weights that will
     stay, in (0, 1]. ``steps`` ≥ 1 per cycle, ``cycles`` ≥ 1 at most; ``probes``: shares in (0, 1); ``tolerance`` ≥ 0.
     Raises InputError with all options out of range, NotFiniteError where a loss or a score is NaN or Inf.
@@ -130,7 +132,7 @@ def cric_scores(
     try:
         first = scored()
         with torch.no_grad():
-            reference = _check(loss())
+            reference = max(_check(loss()), 1e-30)
             ratios: dict[str, tuple[float, ...]] = {}
             for name, score in first.items():
                 found = []

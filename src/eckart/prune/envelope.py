@@ -12,7 +12,9 @@ group with u_j = 1 shrinks by 1/(1 + λ), as under weight decay; one with u_j = 
 rows, runs, or single weights.
 
 *When it does not help.* For small λ more than k groups stay in use until the end, as the envelope only leans on them:
-the final cut then does what magnitude pruning does. For large λ the weights that stay are small, too.
+the final cut then does what magnitude pruning does, without its time to adapt: on the digits of scikit-learn, 400 steps
+and 90 % of single weights removed, .886 accuracy with a strength of 0.1, gradual pruning .936. The default of 1 gives
+.913, 10 gives .731 (one seed each). For large λ the weights that stay are small, too.
 
 *Departs from the paper in.* All groups have weight 1 (d_j = 1); :func:`envelope_prox` takes others. The paper solves
 for α in linear time. λ follows the learning rate of the optimizer's first group, and the step itself is
@@ -56,7 +58,7 @@ def group_envelope(
     keep: float,
     steps: int,
     groups: Sequence[GroupSet] = (),
-    strength: float = 0.1,
+    strength: float = 1.0,
     selector: str | Selector = "magnitude",
     **options: Any,
 ) -> Schedule:

@@ -9,10 +9,11 @@ and of the others the largest up to ⌊keep · N⌋ in total. floor = 0.05 %.
 
 *Cost.* One selection over all weights, O(N), and the memory of one more copy of them.
 
-*When it does not help.* In large language models that are pruned once, without training: there layers of small weights
-are not unimportant, and with 30 % of LLaMA-7B left global magnitude has a perplexity of 48,419, Wanda 85.8,
-SparseGPT 26.3 (table of the authors of OWL). Weights of different layers compare only where the layers have
-about one scale. Scattered zeros make nothing faster.
+*When it does not help.* Where the layers have weights of different scale, which then says nothing of what they are
+worth. The claim fails for this: its trained network, cut at once and trained 100 steps more, ends at 2.396 nats per
+byte with 20 % of its weights left (the same share in each layer: 2.264) and at 3.405 with 10 % (3.045). So it is with
+large language models that are pruned without training: with 30 % of LLaMA-7B left global magnitude has a perplexity of
+48,419, Wanda 85.8, SparseGPT 26.3 (table of the authors of OWL). Scattered zeros make nothing faster.
 
 *Departs from the paper in.* The authors scale the layers' sparsities to the target, clip at the floor, and repeat until
 the target is met; here the floors are taken out first and the rest is one exact ranking, so no repetition is needed.

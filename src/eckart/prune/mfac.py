@@ -16,7 +16,7 @@ the joint update spends them freely. On the byte model of the claim, 30 % kept, 
 with magnitude; with 64 gradients of single samples and one round by 0.54 with the joint update, 0.37 with single ones,
 0.52 with none; with 64 of 16 samples each 0.29 and 0.28, and after 4 rounds 0.17 with either. At λ = 1e-6 joint: 0.43.
 The predicted rise (0.003 for that 0.17) is far too small: it is measured on the gradients that the update was fitted
-to. Where activations can be had, least squares on them (``refit``) makes better use of the data.
+to.
 
 *Departs from the paper in.* The update: the paper adds up the updates of the single weights, −F⁻¹(w_D/[F⁻¹]_DD), and
 zeroes D after it, which ignores that the dropped weights make up for each other; the joint update above costs the same

@@ -190,7 +190,7 @@ class QuickSelection:
         for epoch in range(self.epochs):
             order = torch.randperm(samples, generator=generator)
             total = 0.0
-            for batch in order.split(int(self.batch_size)):
+            for batch in torch.split(order, int(self.batch_size)):
                 x = data[batch]
                 noisy = x + self.noise * torch.randn(x.shape, generator=generator)
                 hidden = torch.sigmoid(noisy @ layers[0].weight.T + biases[0])

@@ -11,8 +11,9 @@ shares ∝ (n_in + n_out + kernel) / (n_in n_out kernel) (Erdős-Rényi-Kernel).
 *Cost.* A dense gradient at every step, as torch has it in any case, and two selections at every ΔT-th. The network
 needs memory for the weights in use only in a sparse format; here zeros are stored.
 
-*When it does not help.* Where there is time for a dense start: gradual pruning from dense ends lower; see the benchmark
-of pruning in training. With a short training (few changes of the pattern) it is close to a fixed random one.
+*When it does not help.* Where there is memory for a dense start: with the same shares per layer, gradual pruning from
+dense keeps more accuracy on the digits of scikit-learn with 90 % removed (.952 against .944 after 400 steps; with 95 %
+it is .907 against .920, and a fixed pattern has .863). With few changes of the pattern it is close to a fixed one.
 
 *Departs from the paper in.* The pattern changes after the optimizer's step, by the gradient of that step; theirs takes
 the place of a step. The first pattern is that of the largest initial weights (theirs: random). Optimizer state of

@@ -121,7 +121,8 @@ class Schedule:
         ``regrow``, ``freeze``, or an :class:`Action` with options. ``steps``: optimizer steps of the whole training.
 
         ``pattern``: as :func:`parse_pattern` reads it. ``groups``: coupled groups instead of the maps that
-        ``include`` and ``exclude`` choose as in :func:`eckart.arch.find_sites`, with ``embeddings`` and ``head``.
+        ``include`` and ``exclude`` choose as in :func:`eckart.arch.find_sites`, with ``embeddings`` and ``head``; a
+        weight of two groups counts in both, and stays where both do, so fewer than ``keep`` of them may stay.
         ``allocation``: ``global``, ``uniform``, ``erk``, or a share per parameter (or layer) by name; by default the
         selector's. ``begin``, ``end``: the ramp, by default 0 and 3/4 of ``steps``; a selector that needs gradients
         begins after the first step. ``interval``: steps between two choices of zero and regrow, by default 100 or a
@@ -383,7 +384,10 @@ class Schedule:
         if faults:
             raise MismatchError(problems("the state of the schedule does not fit", sorted(faults)))
         own = {key.removeprefix("action:"): value for key, value in state.items() if key.startswith("action:")}
-        self.action.load_state_dict({k: v.clone() if isinstance(v, Tensor) else v for k, v in own.items()})
+        places = {name: units.device for name, units in self.kept.items()}
+        self.action.load_state_dict(
+            {k: v.to(places.get(k, v.device), copy=True) if isinstance(v, Tensor) else v for k, v in own.items()}
+        )
         self.steps, self.done = int(state["steps"]), bool(int(state["done"]))
         self.hold({name: torch.as_tensor(state[f"kept:{name}"]).bool().to(u.device) for name, u in self.kept.items()})
 

@@ -8,7 +8,7 @@ where nothing else changes: the diagonal of the objective of :func:`refit`.
 
 *Cost.* One pass over the weights; of the moments only the diagonal of E[x xᵀ].
 
-*When it does not help.* It compensates nothing: at half kept, MiniLM's cosine is .83 with it and .94 after
+*When it does not help.* It compensates nothing: at half kept, MiniLM's cosine is .85 with it and .94 after
 :func:`refit` on the same mask, and the gap grows with sparsity (`benchmarks/prune_oneshot.py`). It is blind to which
 outputs matter and gives every layer the same share.
 

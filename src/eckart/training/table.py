@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from eckart.records import Technique
-from eckart.training import gqsa, lr2vq, maestro, rps, snnk, trp
+from eckart.training import gqsa, lr2vq, maestro, orth_conv, rps, saf, snnk, sst, trp
 
 TRAINING: dict[str, Technique] = {
-    method.name: method for method in (trp.METHOD, maestro.METHOD, rps.METHOD, lr2vq.METHOD, gqsa.METHOD, snnk.METHOD)
+    method.name: method
+    for method in (
+        trp.METHOD,
+        maestro.METHOD,
+        rps.METHOD,
+        lr2vq.METHOD,
+        gqsa.METHOD,
+        snnk.METHOD,
+        sst.METHOD,
+        orth_conv.METHOD,
+        saf.METHOD,
+    )
 }
 """In the order in which they are shown."""

@@ -107,7 +107,9 @@ def compress(
     it on the other.
 
     ``forms`` says what maps may become: ``lowrank`` and ``pivoted`` factors, or, under one global budget, ``narrow``
-    MLPs and attentions. ``bits`` (8, 4, 2) lets numbers be stored in so many bits; by default a budget in bytes
+    MLPs and attentions; under one in bytes, with moments and gradients, also ``sparse`` maps: some weights of every
+    row stay, refitted, and zeros are not stored (:mod:`eckart.apply.sparse`), which saves bytes and no time. ``bits``
+    (8, 4, 2) lets numbers be stored in so many bits; by default a budget in bytes
     chooses among 8, 4 and as they are, other budgets leave them as they are. ``probe_rounds`` (default 1 with data
     and a global budget, else 0) measure on some of the data what was predicted and correct the plan.
     ``gradients`` of the calibration are by default what the method (or the plan's methods) needs: ``full`` or ``none``.

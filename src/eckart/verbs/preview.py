@@ -11,11 +11,12 @@ import numpy
 
 from eckart.apply.choices import element_size
 from eckart.apply.decide import check_allocation, default_allocation, equal_shares, equal_widths
+from eckart.apply.sparse import sparse_size
 from eckart.apply.units import units_of
 from eckart.arch import check_finite, find_sites, fingerprint, model_size, site_size
 from eckart.compression import options_for
 from eckart.errors import InputError, problems
-from eckart.modules import ModuleMethod
+from eckart.modules import KNOWN_KINDS, ModuleMethod
 from eckart.moments import Moments
 from eckart.planning import Allocation, Plan, check, choices_for
 from eckart.records import Budget, FormKind, Progress, Site, Size, Unit, silent
@@ -127,7 +128,7 @@ def preview(
         wanted = budget_from(keep, budget)
         width = bits_from(bits, wanted, chosen, allocation)
         rounds_from(probe_rounds, data is not None, wanted, chosen, allocation)
-        check_allocation(chosen, allocation, wanted, width)
+        check_allocation(chosen, allocation, wanted, width, forms)
         if wanted.loss is not None:
             raise InputError("a ceiling on the loss cannot be previewed: its ranks need the moments.")
         if (allocation or default_allocation(chosen)) != "uniform":
@@ -142,7 +143,10 @@ def preview(
                 raise InputError(problems(f"method {chosen.name!r} cannot take every site", wrong))
             if width:
                 notes.append("bits are chosen in the real run; the sizes shown are without")
-            picked = equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank)
+            if "sparse" in forms:
+                notes.append("zeros are chosen in the real run; what is shown is without")
+            factors = "sparse" not in forms or {"lowrank", "pivoted"} & set(forms)
+            picked = equal_shares(loaded.model, sites, wanted, forms, rank_multiple, min_rank) if factors else {}
     sites_after = sum((size for _, _, size in picked.values()), nothing) if picked else sites_before
     after = Size(
         parameters=before.parameters - sites_before.parameters + sites_after.parameters,
@@ -185,13 +189,16 @@ def _row(place: Site | Unit, picked: tuple[FormKind, int, Size], dense: Size | N
 def _planned(plan: Plan, sites: Sequence[Site], model: Any) -> dict[str, tuple[FormKind, int, Size]]:
     """Form, rank and size of every site; those of a narrower unit share what it loses, bits are left out."""
     steps = {step.site: step for step in plan.steps}
-    units = {each.unit.name: each.unit for each in units_of(model, sites, None)}
+    units = {each.unit.name: each.unit for each in units_of(model, sites, KNOWN_KINDS)}
     found: dict[str, tuple[FormKind, int, Size]] = {}
     for site in sites:
         whole = site_size(site, element_size(model, site))
         step = steps.get(site.name)
         if step is None or step.form == "dense":
             found[site.name] = ("dense", site.full_rank, whole)
+            continue
+        if step.form == "sparse":
+            found[site.name] = ("sparse", step.rank, sparse_size(site, step.rank, step.bits, element_size(model, site)))
             continue
         choices = choices_for(
             site,

@@ -25,7 +25,7 @@ from eckart.hf.sentence import copy_sentence_files
 from eckart.moments import Moments
 from eckart.moments.distributed import join
 from eckart.prune.masks import MaskSet
-from eckart.prune.one_shot import DEFAULT_METHOD, OneShotAllocation, OneShotMethod, PruneOutcome, one_shot
+from eckart.prune.one_shot import OneShotAllocation, OneShotMethod, PruneOutcome, default_method, one_shot
 from eckart.prune.patterns import parse_pattern
 from eckart.prune.widths import WidthKind, kept_width, width_units
 from eckart.records import LayerOutcome, Outcome, Progress, Size, silent
@@ -261,7 +261,7 @@ def prune_model(
     if kind is not None and keep is not None:
         return _narrower(loaded, kind, keep, refit, as_moments(moments), data, include, exclude, calibration, settings)
     rule = parse_pattern(pattern)
-    chosen = method or DEFAULT_METHOD
+    chosen = method or default_method(rule)
     base_print = fingerprint(loaded.model)
     known = as_moments(moments)
     if data is not None:
