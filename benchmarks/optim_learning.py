@@ -9,7 +9,8 @@ are those of the held-out part (64 windows), in nats per byte, means over the se
 mean. It is chosen on what is shown, alike for all. Bytes are those of the whole state, embedding and norms included.
 Each run is one process with one thread; times are CPU times of forward, backward and step, measured beside each other.
 
-The peer's GaLore is pytorch_optimizer's (``pip install --no-deps pytorch_optimizer``); without it its row is left out,
+torch.optim.Muon has no row: its bfloat16 products take seconds a step on a CPU without them; the rule is the same. The
+peer's GaLore is pytorch_optimizer's (``pip install --no-deps pytorch_optimizer``); without it its row is left out,
 and that is printed. Results go to benchmarks/results/optim_learning.json run by run; what is there is not run again.
 """
 
@@ -74,26 +75,6 @@ def plain(make: Callable[..., torch.optim.Optimizer]) -> Callable[[nn.Module, fl
     return lambda model, lr: (make(optim.param_groups(model, weight_decay=0.0), lr=lr), lambda: None)
 
 
-class Pair(torch.optim.Optimizer):
-    """Two optimizers as one: matrices to the first, the rest to AdamW, as users of torch.optim.Muon have to."""
-
-    def __init__(self, model: nn.Module, lr: float, make: Callable[..., torch.optim.Optimizer]) -> None:
-        groups = optim.param_groups(model, weight_decay=0.0)
-        matrices = [p for group in groups if group["matrix"] for p in group["params"]]
-        rest = [p for group in groups if not group["matrix"] for p in group["params"]]
-        self.parts = (make(matrices, lr=lr), torch.optim.AdamW(rest, lr=VECTOR_RATE, weight_decay=0.0, fused=True))
-        super().__init__([p for part in self.parts for group in part.param_groups for p in group["params"]], {})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-
 VECTOR_RATE = 3e-3
 """Of embedding, head and norms where matrices follow another rule; the best of AdamW's grid."""
 
@@ -122,7 +103,6 @@ def optimizers() -> dict[str, tuple[Callable[[nn.Module, float], Made], tuple[fl
     adam, low, wide = (1e-3, 3e-3, 9e-3), (3e-3, 9e-3, 2.7e-2), (1e-2, 3e-2, 9e-2)
     found: dict[str, tuple[Callable[[nn.Module, float], Made], tuple[float, float, float]]] = {
         "AdamW (torch, fused)": (plain(lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.0, fused=True)), adam),
-        "Muon (torch)": (lambda m, lr: (Pair(m, lr, torch.optim.Muon), lambda: None), wide),
         "Muon": (muon_like(lambda p, lr, **o: optim.Muon(p, lr=lr, **o)), wide),
         "Muon, int8 state": (muon_like(lambda p, lr, **o: optim.Muon(p, lr=lr, state_dtype="int8", **o)), wide),
         "GaLore": (plain(lambda p, lr: optim.GaLore(p, lr=lr, rank=RANK, every=50, scale=1.0)), low),
@@ -158,8 +138,7 @@ def optimizers() -> dict[str, tuple[Callable[[nn.Module, float], Made], tuple[fl
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    parts = optimizer.parts if isinstance(optimizer, Pair) else (optimizer,)
-    return sum(bytes_of(value) for part in parts for state in part.state.values() for value in state.values())
+    return sum(bytes_of(value) for state in optimizer.state.values() for value in state.values())
 
 
 def bytes_of(value: Any) -> int:

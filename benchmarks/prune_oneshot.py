@@ -1,6 +1,6 @@
 """One-shot pruning: what is left of a model by method and share kept, nothing trained.
 
-    python benchmarks/prune_oneshot.py minilm [--rows BEGINNING …] [--groups 0.5 …]
+    python benchmarks/prune_oneshot.py minilm [--rows BEGINNING …] [--groups 0.5 …] [--missing]
     python benchmarks/prune_oneshot.py causal [--testbed FOLDER]
 
 MiniLM: mean cosine of embeddings to the original, 36 encoder maps, calibrated on 256 texts of two docstrings each,
@@ -128,7 +128,7 @@ class Trial:
         return seconds
 
 
-def run(kind: str, folder: Path, rows: list[str], groups: list[str]) -> dict[str, Any]:
+def run(kind: str, folder: Path, rows: list[str], groups: list[str], missing: bool) -> dict[str, Any]:
     """All rows, or those asked for; each is written as soon as it is there."""
     trial = Trial(kind, folder)
     result = read().get(kind, {"rows": {}})
@@ -143,6 +143,8 @@ def run(kind: str, folder: Path, rows: list[str], groups: list[str]) -> dict[str
     wanted += [("2:4", row, {"pattern": "2:4", **options}) for row, options in TIGHT.items()]
     for group, row, options in wanted:
         if (rows and not row.startswith(tuple(rows))) or (groups and group not in groups):
+            continue
+        if missing and row in result["rows"].get(group, {}):
             continue
         value, seconds, outcome = trial.prune(options)
         result["rows"].setdefault(group, {})[row] = {
@@ -181,10 +183,11 @@ def main() -> None:
     parser.add_argument("--testbed", type=Path, help="folder of a causal LM with calib.txt and valid.txt")
     parser.add_argument("--rows", nargs="+", default=[], help="beginnings of the rows to run; others stay as they were")
     parser.add_argument("--groups", nargs="+", default=[], help="some of 0.7, 0.5, 0.3, 2:4")
+    parser.add_argument("--missing", action="store_true", help="only rows that the file does not have yet")
     args = parser.parse_args()
     torch.set_num_threads(1)
     folder = minilm_folder() if args.kind == "minilm" else (args.testbed or trained_llama())
-    result = run(args.kind, folder, args.rows, args.groups)
+    result = run(args.kind, folder, args.rows, args.groups, args.missing)
     print(table(result))
     print(f"dense {result['dense']:.4f}; one refit of all maps: {result['refit_seconds']:.1f} s of CPU")
 

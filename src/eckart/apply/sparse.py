@@ -1,4 +1,9 @@
-"""Maps with zeros that are not stored: what they cost and lose at some shares, and the layers that hold them."""
+"""Maps with zeros that are not stored: what they cost and lose at some shares, and the layers that hold them.
+
+MiniLM in float32, its maps in half of their bytes, numbers as they are: cosine .916 with sparse maps among the forms
+(16 of 36 became sparse), .897 without. They save bytes only. Keeping n of m costs what as many weights anywhere in the
+row do and loses more, so no budget chooses it; a plan may ask for it (``of``).
+"""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ from eckart.prune.soups import Soup, recalibrate_batch_norm, soup_phases, sparse
 from eckart.prune.sparse_ift import SparseIFT
 from eckart.prune.sparse_lowrank import sparse_lowrank
 from eckart.prune.sparsegpt import sparsegpt
+from eckart.prune.ssvi import Confidence, SparseBayesian, measure_confidence
 from eckart.prune.table import PRUNING
+from eckart.prune.turbo_vbi import TurboVBI, support_odds
 from eckart.prune.wanda import wanda_mask, wanda_scores
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "PRUNING",
     "SELECTORS",
     "Action",
+    "Confidence",
     "CostMap",
     "CricResult",
     "Fade",
@@ -59,8 +62,10 @@ __all__ = [
     "Selector",
     "Shrink",
     "Soup",
+    "SparseBayesian",
     "SparseIFT",
     "SparsityReport",
+    "TurboVBI",
     "Unstructured",
     "View",
     "Whole",
@@ -82,6 +87,7 @@ __all__ = [
     "iss_p",
     "keep_zero",
     "magnitude_masks",
+    "measure_confidence",
     "mfac_prune",
     "mfac_scores",
     "one_shot",
@@ -97,6 +103,7 @@ __all__ = [
     "sparse_lowrank",
     "sparse_soup",
     "sparsegpt",
+    "support_odds",
     "wanda_mask",
     "wanda_scores",
 ]

@@ -18,6 +18,7 @@ from eckart.errors import InputError, NotFiniteError, problems, unknown
 from eckart.forms import LowRank
 from eckart.linalg import fold
 from eckart.moments import Moments, SiteMoments
+from eckart.prune.alps import alps
 from eckart.prune.kfac import CostMap, loss_shares, prune_kfac
 from eckart.prune.masks import MaskSet
 from eckart.prune.owl import owl_shares
@@ -29,10 +30,12 @@ from eckart.prune.wanda import wanda_scores
 from eckart.records import Progress, Site, silent
 from eckart.spectra import farms, pruning_ratios
 
-OneShotMethod = Literal["kfac", "sparsegpt", "wanda", "magnitude"]
+OneShotMethod = Literal["kfac", "alps", "sparsegpt", "wanda", "magnitude"]
 OneShotAllocation = Literal["loss", "uniform", "global", "owl", "farms"]
-METHODS: tuple[OneShotMethod, ...] = ("kfac", "sparsegpt", "wanda", "magnitude")
+METHODS: tuple[OneShotMethod, ...] = ("kfac", "alps", "sparsegpt", "wanda", "magnitude")
 ALLOCATIONS: tuple[OneShotAllocation, ...] = ("loss", "uniform", "global", "owl", "farms")
+_FITTED = ("kfac", "alps")
+"""Methods that refit by themselves."""
 DEFAULT_KEEP = 0.5
 NO_SPEED = (
     "zeros are stored and multiplied like other numbers unless a runtime says otherwise: this makes the file smaller, "
@@ -177,7 +180,7 @@ def one_shot(
     for index, (name, each) in enumerate(maps.items()):
         progress("refit", index, len(maps))
         S, mask = pruned[name]
-        done[name] = _finished(each, S, mask, refit and method != "kfac", refit, rank)
+        done[name] = _finished(each, S, mask, refit and method not in _FITTED, refit, rank)
     progress("refit", len(maps), len(maps))
     masks, layers = _write(model, sites, maps, done)
     weights, kept = (sum(values) for values in zip(*((m.numel(), int(m.sum())) for m in masks.values()), strict=True))
@@ -241,8 +244,8 @@ def _check_options(
         wrong.append(f"rank is an int of at least 0; got {rank!r}")
     elif rank and not refit:
         wrong.append("rank fits a product to what a refit leaves; it needs refit=True")
-    if method == "kfac" and refit is False:
-        wrong.append("method 'kfac' refits in every stage; refit=False goes with the other methods")
+    if method in _FITTED and refit is False:
+        wrong.append(f"method {method!r} refits by itself; refit=False goes with sparsegpt, wanda and magnitude")
     if isinstance(rule, NofM) and allocation != "uniform":
         wrong.append(f"pattern {rule} gives every layer the same share; allocation={allocation!r} has nothing to share")
     if rule.local and allocation == "global":
@@ -416,6 +419,23 @@ def _by_sparsegpt(
     return found
 
 
+def _by_alps(
+    maps: Mapping[str, _Map],
+    keep: float,
+    shares: Mapping[str, float],
+    rule: Pattern,
+    allocation: str,
+    progress: Progress,
+) -> _Pruned:
+    if allocation == "loss":
+        shares = loss_shares({name: each.cost for name, each in maps.items()}, keep)
+    found = {}
+    for index, (name, each) in enumerate(maps.items()):
+        progress("prune", index, len(maps))
+        found[name] = alps(each.weight, each.cost.second, shares[name], rule, gradient=each.gradient)
+    return found
+
+
 def _by_scores(score: Callable[[_Map], Tensor]) -> Callable[..., _Pruned]:
     def prune(
         maps: Mapping[str, _Map],
@@ -439,6 +459,7 @@ def _by_scores(score: Callable[[_Map], Tensor]) -> Callable[..., _Pruned]:
 
 _METHODS: dict[str, Callable[..., _Pruned]] = {
     "kfac": _by_kfac,
+    "alps": _by_alps,
     "sparsegpt": _by_sparsegpt,
     "wanda": _by_scores(lambda each: wanda_scores(each.weight, _raw(each))),
     "magnitude": _by_scores(lambda each: each.weight.abs()),

@@ -191,11 +191,11 @@ class Metric:
         on = keep.to(target.dtype)
         numbers = torch.finfo(target.dtype)
         S = start * on
-        R = self._gradient(target - S) * on
+        R = self.gradient(target - S) * on
         P, rr = R, self._inner(R, R)
         end = rr * numbers.eps**2
         for _ in range(iterations):
-            AP = self._gradient(P) * on
+            AP = self.gradient(P) * on
             step = torch.where(rr > end, rr / self._inner(P, AP).clamp(min=numbers.tiny), 0)
             S, R = S + step * P, R - step * AP
             new = self._inner(R, R)
@@ -204,9 +204,14 @@ class Metric:
                 break
         return S
 
-    def _gradient(self, X: Tensor) -> Tensor:
+    def gradient(self, X: Tensor) -> Tensor:
+        """R⁻¹ G R⁻¹ X D⁻¹ Σ D⁻¹ of unknowns X (out, in): half the gradient of their cost."""
         Y = X @ self.inputs
         return Y if self.outputs is None else self.outputs @ Y
+
+    def cost(self, X: Tensor) -> float:
+        """tr(G Δ Σ Δᵀ) of unknowns X (out, in), summed in float64."""
+        return float((self.gradient(X).double() * X.double()).sum())
 
     def _inner(self, X: Tensor, Y: Tensor) -> Tensor:
         rows = (X * Y).sum(1, keepdim=True)

@@ -22,6 +22,8 @@ from eckart.prune.soups import METHOD as SOUPS
 from eckart.prune.sparse_ift import METHOD as SPARSE_IFT
 from eckart.prune.sparse_lowrank import METHOD as SPARSE_LOWRANK
 from eckart.prune.sparsegpt import METHOD as SPARSEGPT
+from eckart.prune.ssvi import METHOD as SSVI
+from eckart.prune.turbo_vbi import METHOD as TURBO_VBI
 from eckart.prune.wanda import METHOD as WANDA
 from eckart.records import Technique
 
@@ -47,6 +49,8 @@ _ALL: tuple[Technique, ...] = (
     SOUPS,
     SPARSE_IFT,
     QUICK_SELECTION,
+    SSVI,
+    TURBO_VBI,
 )
 
 PRUNING: dict[str, Technique] = {method.name: method for method in _ALL}

@@ -7,6 +7,7 @@ after ``import eckart``.
 
 from eckart.layers import GroupSparseInt4, LR2VQConv2d, LR2VQLinear, SNNKLinear
 from eckart.training.gqsa import group_sparse, group_sparsify, quantiser_parameters
+from eckart.training.gradient_norm import GradientNormPenalty
 from eckart.training.lr2vq import quantise_vectors, vector_coded, vector_coded_conv
 from eckart.training.maestro import Maestro
 from eckart.training.orth_conv import (
@@ -18,6 +19,7 @@ from eckart.training.orth_conv import (
 from eckart.training.rps import StableRPS
 from eckart.training.saf import MESA, SAF
 from eckart.training.snnk import bundle, fit_features, raw_estimate
+from eckart.training.sso import TargetSurrogate
 from eckart.training.sst import SparseSpectralTraining
 from eckart.training.table import TRAINING
 from eckart.training.trp import TrainedRankPruning
@@ -26,6 +28,7 @@ __all__ = [
     "MESA",
     "SAF",
     "TRAINING",
+    "GradientNormPenalty",
     "GroupSparseInt4",
     "LR2VQConv2d",
     "LR2VQLinear",
@@ -33,6 +36,7 @@ __all__ = [
     "SNNKLinear",
     "SparseSpectralTraining",
     "StableRPS",
+    "TargetSurrogate",
     "TrainedRankPruning",
     "bundle",
     "circular_singular_values",

@@ -4,21 +4,26 @@ r"""A penalty that makes a convolution orthogonal as a linear map, when that can
 from its kernel alone. Added to a loss it keeps the singular values of layers near 1, whatever the size of the signals.
 
 *Formula.* For a kernel K (M, C, k, k) with stride S, R = conv(K, K; padding P = ⌊(k − 1)/S⌋ S, stride S) holds the
-inner products of filters at all shifts, and L = ‖R − I‖²_F − max(0, M − S²C), with I the identity at shift 0. With circular
-padding the layer on N × N outputs is a matrix 𝒦, and ‖𝒦𝒦ᵀ − I‖²_F = N² L for M ≤ S²C, else ‖𝒦ᵀ𝒦 − I‖²_F = N² L. Over
-one dimension S² becomes S, N² N. L = 0 can be reached iff M ≤ C k² for M ≤ C S², else iff S ≤ k. Stability: every
-singular value has |σ² − 1| ≤ √(q L) at any N, with q = (2⌊(k − 1)/S⌋ + 1)² shifts for M ≤ S²C, else
-(2⌊(k + S − 2)/S⌋ + 1)²: a matrix of circulant blocks has a symbol Σ_t R_t e^{iωt}, and Σ_t ‖R_t‖ ≤ √q ‖R‖_F.
+inner products of filters at all shifts, and L = ‖R − I‖²_F − max(0, M − S²C), with I the identity at shift 0. With
+circular padding the layer on N × N outputs is a matrix 𝒦. Once N is at least the number of shifts per dimension (q
+below), ‖𝒦𝒦ᵀ − I‖²_F = N² L for M ≤ S²C, else ‖𝒦ᵀ𝒦 − I‖²_F = N² L. Over one dimension S² becomes S, N² N. L = 0 can be
+reached iff M ≤ C k² for M ≤ C S², else iff S ≤ k. Stability: every singular value has |σ² − 1| ≤ √(q L) at any N, with
+q = (2⌊(k − 1)/S⌋ + 1)² shifts for M ≤ S²C, else (2⌊(k + S − 2)/S⌋ + 1)²: a matrix of circulant blocks has a symbol Σ_t
+R_t e^{iωt}, and Σ_t ‖R_t‖ ≤ √q ‖R‖_F.
 
 *Cost.* One convolution of the kernel with itself, M² C k² (2P/S + 1)² multiply-adds, no matter how large the signals
 are. :func:`circular_singular_values` takes N² SVDs of M × S²C matrices, to look at, not to train with.
 
-*When it does not help.* FIGURES
+*When it does not help.* Where no orthogonal kernel exists: M = 6, C = 1, k = 2, S = 3 ends at L = 2 with dead
+directions (σ from 0 to 1), since a stride above k skips inputs. With zero padding, which is what most layers have,
+inputs at the border lose some of their outputs, so singular values below 1 remain at L = 0. With M = C S² orthogonal
+kernels exist but are few (at S = 1 those of products of shifts and rotations), and descent gets stuck more easily. The
+bound is loose: trained to L = 1e-4 the largest value was 1.006, the bound said 1.03 or more.
 
-*Departs from the paper in.* The constants q of the stability statement are those of the argument above; the paper's have
-M (or C) as a further factor. Kernels and strides may differ between dimensions (with k² and S² as products, and S ≤ k in
-each), and kernels may be even, for which the paper proves nothing. A grouped convolution is one map per group, summed.
-Kernels of less than float32 are taken to float32 first.
+*Departs from the paper in.* The constants q of the stability statement are those of the argument above; the paper's
+have M (or C) as a further factor. Kernels and strides may differ between dimensions (with k² and S² as products, and S
+≤ k in each), and kernels may be even, for which the paper proves nothing. A grouped convolution is one map per group,
+summed. Kernels of less than float32 are taken to float32 first.
 
 *Reference.* E. M. Achour, F. Malgouyres, F. Mamalet, “Existence, Stability and Scalability of Orthogonal Convolutional
 Neural Networks”, JMLR 2022, https://arxiv.org/abs/2108.05623; J. Wang, Y. Chen, R. Chakraborty, S. X. Yu, “Orthogonal
@@ -75,9 +80,10 @@ def _penalty(K: Tensor, steps: tuple[int, ...]) -> Tensor:
     padding = [(k - 1) // s * s for k, s in zip(sides, steps, strict=True)]
     R = (conv1d if len(sides) == 1 else conv2d)(K, K, stride=steps, padding=padding)
     identity = torch.zeros_like(R)
-    identity[(slice(None), slice(None), *(p // s for p, s in zip(padding, steps, strict=True)))] = torch.eye(
-        M, dtype=R.dtype, device=R.device
-    )
+    centre = identity
+    for p, s in zip(padding, steps, strict=True):
+        centre = centre.select(2, p // s)
+    centre.diagonal().fill_(1)
     return (R - identity).square().sum() - max(0, M - math.prod(steps) * C)
 
 
@@ -118,9 +124,7 @@ def singular_value_bounds(conv: nn.Module | Tensor, stride: Stride | None = None
     worst = 0.0
     for K in weight.double().chunk(groups):
         rows = K.shape[0] <= math.prod(steps) * K.shape[1]
-        shifts = (
-            2 * ((k - 1) // s if rows else (k + s - 2) // s) + 1 for k, s in zip(K.shape[2:], steps, strict=True)
-        )
+        shifts = (2 * ((k - 1) // s if rows else (k + s - 2) // s) + 1 for k, s in zip(K.shape[2:], steps, strict=True))
         worst = max(worst, math.sqrt(math.prod(shifts) * max(0.0, float(_penalty(K, steps)))))
     return math.sqrt(max(0.0, 1 - worst)), math.sqrt(1 + worst)
 
@@ -198,7 +202,7 @@ def _trained(M: int, C: int, k: int, S: int, *, flat: bool = False) -> Tensor:
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 400)
         optimizer.zero_grad()
-        rows = K.flatten(1) if M <= C * k * k else K.flatten(1).T
+        rows = K.flatten(1) if C * k * k >= M else K.flatten(1).T
         loss = (rows @ rows.T - torch.eye(len(rows))).square().sum() if flat else orthogonal_convolution_penalty(K, S)
         torch.autograd.backward(loss)
         optimizer.step()
@@ -243,8 +247,8 @@ METHOD = Technique(
     ),
     entry=orthogonal_convolution_penalty,
     claim=Claim(
-        statement="The penalty falls to 0 where the theorem says that orthogonal kernels exist and only there; singular "
-        "values keep within the bound, and closer to 1 than with an orthogonal kernel matrix.",
+        statement="The penalty falls to 0 where the theorem says that orthogonal kernels exist and only there; "
+        "singular values keep within the bound, and closer to 1 than with an orthogonal kernel matrix.",
         source="theorems on existence and on stability; the comparison with kernel orthogonality is Wang's",
         run=_run_claim,
     ),

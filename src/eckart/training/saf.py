@@ -1,18 +1,22 @@
 r"""SAF and MESA: flat minima by staying close to what the model said some epochs, or an average, ago.
 
 *What it does.* Adds to the loss the divergence from the model's own earlier outputs: those that it gave for the same
-samples some epochs ago (:class:`SAF`), or those of an average of its weights (:class:`MESA`). Outputs that change
-fast along the training are what sharp minima have; SAM looks for them with a second backward pass per step.
+samples some epochs ago (:class:`SAF`), or those of an average of its weights (:class:`MESA`). Outputs that change fast
+along the training are what sharp minima have; SAM looks for them with a second backward pass per step.
 
 *Formula.* L + λ T² KL(softmax(z_old/T) ‖ softmax(z/T)), mean over the batch, from epoch E on. SAF: z_old are the logits
-of that sample Ẽ epochs before. MESA: z_old are the logits of the average θ̄ ← β θ̄ + (1 − β) θ for the same batch.
-SAF keeps per sample the ``top`` largest logits, their classes, and for all others the level at which they have the
-same mass in softmax(·/T); in steps of 1/255 of the range of the row ("int8") or in half precision ("fp16").
+of that sample Ẽ epochs before. MESA: z_old are the logits of the average θ̄ ← β θ̄ + (1 − β) θ for the same batch. SAF
+keeps per sample the ``top`` largest logits, their classes, and for all others the level at which they have the same
+mass in softmax(·/T); in steps of 1/255 of the range of the row ("int8") or in half precision ("fp16").
 
 *Cost.* SAF: Ẽ (top + 1) bytes and 2 to 8 for each class index, per sample, and no passes. MESA: a forward pass without
 gradients, and a copy of the weights.
 
-*When it does not help.* FIGURES
+*When it does not help.* The claim does not hold on its problem: 300 samples, a fifth mislabelled, 30 epochs, mean of
+three seeds. Test error: 0.341 with the loss alone, 0.348 with SAF, 0.339 with MESA; first-order sharpness at radius
+0.1: 0.005, 0.012, 0.009. The plain network fits its training labels, where the gradient is nearly 0; both penalties
+keep it from there. Test loss does fall, 0.958 to 0.899 and 0.850, as with softened labels. At T = 5 the classes below
+``top`` have most of the mass where there are hundreds of them; then the store keeps little more than a mean.
 
 *Departs from the paper in.* SAF's store holds ``top`` logits in bytes (the authors' code: all logits of 1000 classes as
 float32 on the host, 240 GB of address space for ImageNet). A sample that was not seen Ẽ epochs before (a sampler that
@@ -33,7 +37,7 @@ https://arxiv.org/abs/2205.14083.
 >>> saf.next_epoch()
 >>> moved = saf(torch.tensor([[2.0, 0.0, 0.0], [5.0, 0.0, 0.0]]), indices)
 >>> float(same) < 1e-4, round(float(moved), 2)  # λT²/2 · KL at T = 5, and the other half is 0
-(True, 1.11)
+(True, 1.37)
 """
 
 from __future__ import annotations
@@ -129,9 +133,7 @@ class SAF(_Trajectory):
         logits kept per sample, at most ``classes``; None for all, at most 32. Raises InputError for options out of
         range, all at once.
         """
-        faults = _faults(
-            weight, temperature, start_epoch, samples=samples, classes=classes, epochs_ago=epochs_ago
-        )
+        faults = _faults(weight, temperature, start_epoch, samples=samples, classes=classes, epochs_ago=epochs_ago)
         if not faults and top is not None and (isinstance(top, bool) or not 1 <= top <= classes):
             faults.append(f"top is from 1 to classes = {classes}, or None; got {top!r}")
         if dtype not in ("int8", "fp16"):
@@ -146,7 +148,7 @@ class SAF(_Trajectory):
             "values": torch.zeros(epochs_ago, samples, kept, dtype=torch.uint8 if dtype == "int8" else torch.float16),
             "range": torch.zeros(epochs_ago, samples, dtype=torch.float16),
             "classes": torch.zeros(epochs_ago, samples, self.top, dtype=index),
-            "written": torch.full((epochs_ago, samples), -1, dtype=torch.int32),
+            "written": torch.full((epochs_ago, samples), -(2**30), dtype=torch.int32),
         }
 
     @property
@@ -225,7 +227,9 @@ class SAF(_Trajectory):
         for key, mine in self._store.items():
             value = state.get(key)
             if isinstance(value, Tensor) and (value.shape, value.dtype) != (mine.shape, mine.dtype):
-                faults.append(f"{key} is {tuple(value.shape)} of {value.dtype}, not {tuple(mine.shape)} of {mine.dtype}")
+                faults.append(
+                    f"{key} is {tuple(value.shape)} of {value.dtype}, not {tuple(mine.shape)} of {mine.dtype}"
+                )
         if faults:
             raise MismatchError(problems("the state does not fit this SAF", faults))
         self.epoch = int(state["epoch"])
@@ -295,8 +299,8 @@ class MESA(_Trajectory):
         """Moves the average by one step; buffers are copied. To be called after every optimizer step."""
         for mine, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
             mine.lerp_(new.to(mine.dtype), 1 - self.decay)
-        for mine, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            mine.copy_(new)
+        for kept, seen in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(seen)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         """Calls :meth:`update` after every step of the optimizer, until what this returns is called."""
@@ -341,7 +345,7 @@ def _problem(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _outcome(method: str, seed: int) -> tuple[float, float, float]:
-    """(test error, test loss, sharpness): max over ‖e‖ = 0.1 of the training loss at θ + e, to first order, above it."""
+    """(test error, test loss, sharpness): by how much the training loss rises at 0.1 up its gradient."""
     X, y, X_test, y_test = _problem(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -352,7 +356,7 @@ def _outcome(method: str, seed: int) -> tuple[float, float, float]:
     mesa.attach(optimizer)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(EPOCHS):
-        for index in torch.randperm(SAMPLES, generator=generator).split(50):
+        for index in torch.randperm(SAMPLES, generator=generator).reshape(-1, 50):
             z = model(X[index])
             loss = cross_entropy(z, y[index])
             if method == "SAF":
@@ -360,20 +364,21 @@ def _outcome(method: str, seed: int) -> tuple[float, float, float]:
             elif method == "MESA":
                 loss = loss + mesa(z, X[index])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
         saf.next_epoch()
         mesa.next_epoch()
     optimizer.zero_grad()
     before = cross_entropy(model(X), y)
-    before.backward()
+    torch.autograd.backward(before)
     weights = [p for p in model.parameters() if p.grad is not None]
     length = math.sqrt(sum(float(p.grad.square().sum()) for p in weights if p.grad is not None))
     with torch.no_grad():
         z = model(X_test)
         error, test = float((z.argmax(1) != y_test).float().mean()), float(cross_entropy(z, y_test))
         for p in weights:
-            p += 0.1 / length * (p.grad if p.grad is not None else 0.0)
+            if p.grad is not None:
+                p.add_(p.grad, alpha=0.1 / length)
         return error, test, float(cross_entropy(model(X), y) - before)
 
 
@@ -389,7 +394,7 @@ def _run_claim() -> Verdict:
     return Verdict(
         held=all(error < plain[0] and sharp < plain[2] for error, _, sharp in means.values()),
         figures=figures,
-        note=f"{SAMPLES} samples of {CLASSES} classes, a fifth mislabelled, {EPOCHS} epochs of SGD, mean of {SEEDS} seeds",
+        note=f"{SAMPLES} samples of {CLASSES} classes, a fifth mislabelled, {EPOCHS} epochs, mean of {SEEDS} seeds",
     )
 
 

@@ -1,21 +1,25 @@
 r"""Sparse Spectral Training: all singular values at every step, and a few pairs of singular vectors at a time.
 
 *What it does.* Puts U Σ Vᵀ in the place of each chosen weight. All of Σ is trained, and r columns of U and V, which are
-drawn anew every ``period`` steps, large singular values more often. Optimizers keep state for what is trained only:
-r (m + n) + k numbers of k (m + n + 1). At the end the layers are the ordinary ones that they were.
+drawn anew every ``period`` steps, large singular values more often. Optimizers keep state for what is trained only: r
+(m + n) + k numbers of k (m + n + 1). At the end the layers are the ordinary ones that they were.
 
 *Formula.* W = U Σ Vᵀ with k = min(m, n). A column is drawn with p_i ∝ ½ (1/k + |σ_i| / Σ_j |σ_j|), r of them without
 replacement. With D = ∂L/∂W, gradients are "enhanced": ∂u_i = D v_i and ∂v_i = Dᵀ u_i, without the factor σ_i that the
 chain rule has, so that directions of small σ_i turn as fast as others; ∂σ_i = u_iᵀ D v_i. After each step columns get
-length 1 again. After a drawing, what the optimizer remembers of U and V is dropped, and for ``warmup`` steps its moves are
-scaled by (t + 1)/(warmup + 1). Every ``svd_every`` drawings U, Σ, V come from a new SVD of W, which makes columns
+length 1 again. After a drawing, what the optimizer remembers of U and V is dropped, and for ``warmup`` steps its moves
+are scaled by (t + 1)/(warmup + 1). Every ``svd_every`` drawings U, Σ, V come from a new SVD of W, which makes columns
 orthogonal again; then Σ starts anew, too.
 
 *Cost.* Forward and backward pass of a layer are those of two factors with k + r columns: k (m + n) instead of m n
 multiply-adds, twice as many for a square matrix. Memory of the weights rises alike; that of gradients and optimizer
 state falls to r (m + n) + k. An SVD in float64 on the CPU every ``period`` × ``svd_every`` steps.
 
-*When it does not help.* FIGURES
+*When it does not help.* Where memory is that of the weights, since U and V are larger than W. On the byte model of the
+claim (120 steps from random weights, rank 8 of 96) it ends at 2.54 nats per byte, ReLoRA* at 2.57, LoRA at 2.67; all
+weights reach ALLWEIGHTS. The rate is the best of 0.01, 0.03 and 0.1 for the other two; at 0.01 it is 2.78, 2.83 and
+2.91, at 0.1 2.48, 2.67 and 2.84. One seed. Drawings every 10 to 60 steps differed by less than 0.08. Each layer takes
+1.3 to 2 times as long.
 
 *Departs from the paper in.* The authors' repository was out of reach; p_i, enhanced gradients, resets and the warm-up
 follow the paper, ``period`` and ``svd_every`` (as many drawings as it takes to see k columns) are options. Scaling the
@@ -73,8 +77,8 @@ class _Product(torch.autograd.Function):
         return (h * s) @ U.T + (a * s[active]) @ u.T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, v, s, U, V, active, h, a = ctx.saved_tensors
         g, b = dy @ U, dy @ u
         dx = (g * s) @ V.T + (b * s[active]) @ v.T if ctx.needs_input_grad[0] else None
@@ -92,6 +96,7 @@ class SpectralLinear(nn.Module):
     U: Tensor
     V: Tensor
     active: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, original: nn.Module, weight: Tensor, rank: int) -> None:
         """``weight`` (m, n) is what ``original`` computes with; ``rank`` r from 1 to min(m, n)."""
@@ -101,7 +106,7 @@ class SpectralLinear(nn.Module):
         stored = original.get_parameter("weight")
         self._transposed = stored.shape != weight.shape or type(original).__name__ == "Conv1D"
         self._full = min(weight.shape)
-        like = {"dtype": stored.dtype, "device": stored.device}
+        like: dict[str, Any] = {"dtype": stored.dtype, "device": stored.device}
         self.u = nn.Parameter(torch.empty(self.out_features, rank, **like))
         self.v = nn.Parameter(torch.empty(self.in_features, rank, **like))
         self.s = nn.Parameter(torch.empty(self._full, **like))
@@ -128,7 +133,7 @@ class SpectralLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, *tensors = (t.to(dtype) for t in (x, *tensors))
-        y: Tensor = _Product.apply(x.reshape(-1, self.in_features), *tensors, self.active)
+        y: Tensor = _Product.apply(x.reshape(-1, self.in_features), *tensors, self.active)  # type: ignore[no-untyped-call]
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -184,7 +189,9 @@ class SpectralLinear(nn.Module):
         return original
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank} of {self._full}, bias={self.bias is not None}"
+        return (
+            f"{self.in_features}, {self.out_features}, rank={self.rank} of {self._full}, bias={self.bias is not None}"
+        )
 
 
 class SparseSpectralTraining:
@@ -231,8 +238,10 @@ class SparseSpectralTraining:
         changed then.
         """
         faults = []
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or not (
-            rank >= 1 if isinstance(rank, int) else 0 < rank <= 1
+        if (
+            isinstance(rank, bool)
+            or not isinstance(rank, (int, float))
+            or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1)
         ):
             faults.append(f"rank is an int of at least 1, or a share (float) in (0, 1]; got {rank!r}")
         for name, value, least in (("period", period, 1), ("warmup", warmup, 0), ("seed", seed, 0)):
@@ -244,9 +253,7 @@ class SparseSpectralTraining:
             faults.append(f"warmup has to end before the next drawing: below period = {period}; got {warmup}")
         if faults:
             raise InputError(problems("sparse spectral training", faults))
-        found = trainable_sites(
-            model, sites=sites, include=include, exclude=exclude, method="sparse spectral training"
-        )
+        found = trainable_sites(model, sites=sites, include=include, exclude=exclude, method="sparse spectral training")
         wrong = [f"{s.name}: {s.kind}, not a linear layer" for s in found if s.kind not in ("linear", "conv1d")]
         taken = [s for s in found if s.kind in ("linear", "conv1d")]
         wrong += [f"{s.name}: its weight is frozen" for s in taken if not parameter_of(model, s).requires_grad]
@@ -391,7 +398,7 @@ class SparseSpectralTraining:
 
 # ---- the claim
 
-RANK, STEPS, PERIOD = 8, 240, 40
+RANK, STEPS, PERIOD, RATE = 8, 120, 20, 3e-2
 
 
 class _Adapted(nn.Module):
@@ -421,7 +428,7 @@ def _adapted(*, merging: bool) -> float:
     for name in ("mix", "up", "down", "head"):
         layers.append(_Adapted(model.get_submodule(name), generator))  # type: ignore[arg-type]
         set_module(model, name, layers[-1])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     taken = 0
 
     def merge(*_: Any) -> None:
@@ -441,7 +448,7 @@ def _adapted(*, merging: bool) -> float:
 def _spectral(rank: int) -> float:
     model = untrained()
     engine = SparseSpectralTraining(model, rank=rank, period=PERIOD, warmup=PERIOD // 10)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     engine.attach(optimizer)
     train(model, optimizer, STEPS, seed=0)
     engine.finish()
@@ -450,7 +457,7 @@ def _spectral(rank: int) -> float:
 
 def _run_claim() -> Verdict:
     full = untrained()
-    train(full, torch.optim.AdamW(full.parameters(), lr=1e-2, weight_decay=0.0), STEPS, seed=0)
+    train(full, torch.optim.AdamW(full.parameters(), lr=RATE, weight_decay=0.0), STEPS, seed=0)
     figures = {
         "all weights": held_out_loss(full),
         "SST": _spectral(RANK),
@@ -460,13 +467,13 @@ def _run_claim() -> Verdict:
     return Verdict(
         held=figures["SST"] < min(figures["ReLoRA*"], figures["LoRA"]),
         figures=figures,
-        note=f"held-out nats per byte after {STEPS} steps from random weights, rank {RANK} of 96 to 128, AdamW at 0.01",
+        note=f"held-out nats per byte after {STEPS} steps from random weights, rank {RANK} of 96 to 128, AdamW at 0.03",
     )
 
 
 METHOD = Technique(
     name="sst",
-    summary="trains all singular values and a drawn few singular vectors at a time: full rank at the state of a low one",
+    summary="trains all singular values and, at a time, a few drawn singular vectors: full rank, little state",
     paper=Paper(
         authors="J. Zhao, Y. Zhang, X. Li, H. Liu, C. V. Cannistraci",
         title="Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks",

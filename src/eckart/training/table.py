@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eckart.records import Technique
-from eckart.training import gqsa, lr2vq, maestro, orth_conv, rps, saf, snnk, sst, trp
+from eckart.training import gqsa, gradient_norm, lr2vq, maestro, orth_conv, rps, saf, snnk, sso, sst, trp
 
 TRAINING: dict[str, Technique] = {
     method.name: method
@@ -17,6 +17,8 @@ TRAINING: dict[str, Technique] = {
         sst.METHOD,
         orth_conv.METHOD,
         saf.METHOD,
+        sso.METHOD,
+        gradient_norm.METHOD,
     )
 }
 """In the order in which they are shown."""
