@@ -29,7 +29,7 @@ from eckart.compression import kfac
 from eckart.hf.models import LoadedModel
 from eckart.hf.tasks import embed
 from eckart.moments import Moments
-from eckart.prune import PruneOutcome, one_shot, refit, wanda_mask
+from eckart.prune import one_shot, refit, wanda_mask
 from eckart.verbs.demo import minilm_folder
 from eckart.verbs.models import as_batches, as_loaded, as_texts
 from small_llama import trained_llama
@@ -48,6 +48,7 @@ FREE: dict[str, dict[str, Any]] = {
     "sparsegpt + refit": {"method": "sparsegpt"},
     "wanda, shares by loss + refit": {"method": "wanda", "allocation": "loss"},
     "kfac, equal shares": {"allocation": "uniform"},
+    "alps, shares by loss": {"method": "alps", "allocation": "loss"},
     "kfac (default)": {},
 }
 TIGHT: dict[str, dict[str, Any]] = {
@@ -55,11 +56,19 @@ TIGHT: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt", "refit": False},
     "wanda + refit, Σ": {"method": "wanda", "gradients": False},
     "sparsegpt + refit, Σ": {"method": "sparsegpt", "gradients": False},
-    "sparsegpt + refit (default)": {},
+    "alps, Σ": {"method": "alps", "gradients": False},
+    "sparsegpt + refit": {"method": "sparsegpt"},
     "kfac": {"method": "kfac"},
+    "alps (default)": {},
     "sparsegpt + refit, Σ, + rank 16": {"method": "sparsegpt", "gradients": False, "rank": 16},
-    "sparsegpt + refit (default), + rank 16": {"rank": 16},
+    "sparsegpt + refit, + rank 16": {"method": "sparsegpt", "rank": 16},
+    "alps (default), + rank 16": {"rank": 16},
 }
+NEURONS: dict[str, dict[str, Any]] = {
+    "brain surgery, not refitted": {"refit": False},
+    "brain surgery + refit (default)": {},
+}
+"""Half of the MLP neurons of every layer; attention stays dense."""
 
 
 def docstring_pairs(part: str, texts: int) -> list[str]:
@@ -100,8 +109,8 @@ class Trial:
         found = eckart.evaluate(ours, self.base, self.held_out, latency=False, samples=self.samples)
         return found.metrics["bits_per_byte"].mean
 
-    def prune(self, options: dict[str, Any]) -> tuple[float, float, PruneOutcome]:
-        """The figure, the seconds, and what was done."""
+    def prune(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What was found and done, as plain data."""
         options = dict(options)
         moments = self.moments if options.pop("gradients", True) else self.blind
         model = copy.deepcopy(self.base.model)
@@ -113,7 +122,29 @@ class Trial:
         with torch.no_grad():
             for name, product in outcome.factors.items():
                 get_module(model, name).weight.add_(product.dense())
-        return self.figure(model), seconds, outcome
+        return {
+            "value": self.figure(model),
+            "kept": outcome.keep,
+            "seconds": seconds,
+            "predicted_loss": outcome.loss,
+            "stored_bytes": outcome.stored_bytes,
+            "loadable_bytes": outcome.loadable_bytes,
+        }
+
+    def narrow(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The same for a share of the MLP neurons; kept and bytes are those of the MLPs' maps."""
+        start = time.thread_time()
+        pruned = eckart.prune_model(self.base, moments=self.moments, pattern="neurons", **options)
+        seconds = time.thread_time() - start
+        before, after = pruned.outcome.sites_before, pruned.outcome.sites_after
+        return {
+            "value": self.figure(pruned.model),
+            "kept": after.parameters / before.parameters,
+            "seconds": seconds,
+            "predicted_loss": pruned.outcome.predicted_loss,
+            "stored_bytes": after.bytes,
+            "loadable_bytes": after.bytes,
+        }
 
     def refit_seconds(self) -> float:
         """One refit of every map, half kept by Wanda."""
@@ -141,23 +172,18 @@ def run(kind: str, folder: Path, rows: list[str], groups: list[str], missing: bo
     }
     wanted = [(f"{keep:g}", row, {"keep": keep, **options}) for keep in KEEPS for row, options in FREE.items()]
     wanted += [("2:4", row, {"pattern": "2:4", **options}) for row, options in TIGHT.items()]
+    wanted += [("neurons", row, {"keep": 0.5, **options}) for row, options in NEURONS.items()]
     for group, row, options in wanted:
         if (rows and not row.startswith(tuple(rows))) or (groups and group not in groups):
             continue
         if missing and row in result["rows"].get(group, {}):
             continue
-        value, seconds, outcome = trial.prune(options)
-        result["rows"].setdefault(group, {})[row] = {
-            "value": value,
-            "kept": outcome.keep,
-            "seconds": seconds,
-            "predicted_loss": outcome.loss,
-            "stored_bytes": outcome.stored_bytes,
-            "loadable_bytes": outcome.loadable_bytes,
-        }
+        found = trial.narrow(options) if group == "neurons" else trial.prune(options)
+        result["rows"].setdefault(group, {})[row] = found
         FILE.parent.mkdir(exist_ok=True)
         FILE.write_text(json.dumps({**read(), kind: result}, indent=2) + "\n")
-        print(f"{kind} {group:5s} {row:34s} {value:.4f}   kept {outcome.keep:.4f}   [{seconds:.1f} s CPU]", flush=True)
+        line = f"{kind} {group:7s} {row:34s} {found['value']:.4f}   kept {found['kept']:.4f}"
+        print(f"{line}   [{found['seconds']:.1f} s CPU]", flush=True)
     return result
 
 
@@ -182,7 +208,7 @@ def main() -> None:
     parser.add_argument("kind", choices=["minilm", "causal"])
     parser.add_argument("--testbed", type=Path, help="folder of a causal LM with calib.txt and valid.txt")
     parser.add_argument("--rows", nargs="+", default=[], help="beginnings of the rows to run; others stay as they were")
-    parser.add_argument("--groups", nargs="+", default=[], help="some of 0.7, 0.5, 0.3, 2:4")
+    parser.add_argument("--groups", nargs="+", default=[], help="some of 0.7, 0.5, 0.3, 2:4, neurons")
     parser.add_argument("--missing", action="store_true", help="only rows that the file does not have yet")
     args = parser.parse_args()
     torch.set_num_threads(1)

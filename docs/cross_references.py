@@ -1,4 +1,5 @@
-"""What the reference pages need from the source beyond mkdocstrings: roles as links, functions before files.
+"""What the reference pages need from the source beyond mkdocstrings: roles as links, doctests as code, functions before
+files.
 
 A name that leads nowhere fails the strict build.
 """
@@ -14,15 +15,18 @@ import griffe
 LINKED = re.compile(r":(?:func|class|meth|data|attr):`([^`]+)`")
 NAMED = re.compile(r":(?:mod|doc|file):(`[^`]+`)")
 """Modules inside of a room have no pages."""
+EXAMPLE = re.compile(r"^>>> .*(?:\n.*\S.*)*", re.M)
+"""A doctest at the margin, up to the next empty line."""
 
 
 class CrossReferences(griffe.Extension):
     """Runs while mkdocstrings reads the package."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """A name in backticks after ``:func:`` and the like becomes a link."""
+        """A name in backticks after ``:func:`` and the like becomes a link, a doctest a block of code."""
         if obj.docstring:
-            obj.docstring.value = NAMED.sub(r"\1", LINKED.sub(r"[`\1`][\1]", obj.docstring.value))
+            linked = NAMED.sub(r"\1", LINKED.sub(r"[`\1`][\1]", obj.docstring.value))
+            obj.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```", linked)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Where a file is named after its function, the package's member is the function, as in Python."""

@@ -28,6 +28,10 @@ PLAIN = {
     "trp": "its layers are those of a low-rank model, which other tests save",
     "maestro": "its layers are those of a low-rank model, which other tests save",
     "stable-rps": "one array stands for the weights of a whole model, which is a wrapper around it",
+    **dict.fromkeys(
+        ("sst", "orthogonal-convolution", "saf", "sso", "gradient-norm"),
+        "leaves the layers of the model as they were",
+    ),
 }
 """Methods that leave no layer of their own."""
 

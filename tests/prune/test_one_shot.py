@@ -223,7 +223,7 @@ def test_bad_options() -> None:
     refused(InputError, "no multiple of 5", pattern="2:5")
     refused(InputError, "unknown method 'wonda'.*wanda", method="wonda")
     refused(InputError, "unknown allocation", allocation="even")
-    refused(InputError, r"(?s)refits in every stage", refit=False)
+    refused(InputError, "kfac. refits by itself", refit=False)
     refused(InputError, r"(?s)2 problems.*refit=True.*takes 'unstructured'", method="sparsegpt", refit=False, rank=1,
             pattern="runs of 4")  # fmt: skip
     refused(InputError, "same share", pattern="2:4", allocation="owl")

@@ -176,6 +176,16 @@ def test_works_in_scikit_learn() -> None:
     assert search.fit(X, y).best_params_ == {"quickselection__n_features_to_select": 12}
 
 
+def test_passes_the_checks_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both errors are ours and Python's; the rest is scikit-learn's own list."""
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    if not hasattr(checks, "estimator_checks_generator"):
+        pytest.skip("needs scikit-learn 1.6 or later")
+    results = checks.check_estimator(small(epochs=1, n_hidden=10), on_fail=None, on_skip=None)
+    assert [r["check_name"] for r in results if r["status"] == "failed"] == []
+    assert sum(r["status"] == "passed" for r in results) > 30
+
+
 def test_fit_changes_neither_data_nor_parameters() -> None:
     X = table()
     before = X.copy()

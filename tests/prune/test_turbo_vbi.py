@@ -80,7 +80,7 @@ def test_extreme_evidence_stays_finite() -> None:
 @pytest.mark.parametrize("square", [0.0, 0.01, 1.0, 30.0])
 def test_evidence_and_precision_are_the_integrals(square: float) -> None:
     """∫ √ρ e^(−ρ⟨w²⟩/2) Γ(ρ; a, b) dρ for both bits, and the mean of ρ under what is integrated."""
-    model = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    model = nn.Sequential(nn.Linear(2, 2, bias=False)).double()
     with torch.no_grad():
         model[0].weight.fill_(1.0)
     turbo = turbo_of(model, share=0.4, run=None, contrast=0.05, shape=1.5, initial_std=1e-9)
@@ -98,7 +98,7 @@ def test_evidence_and_precision_are_the_integrals(square: float) -> None:
     evidence = support_evidence(torch.tensor(square, dtype=torch.float64), 1.5, 1.5, 0.075)
     assert math.isclose(float(evidence), math.log(mass[1] / mass[0]), rel_tol=1e-4, abs_tol=1e-5)
     mean = (0.6 * first[0] + 0.4 * first[1]) / (0.6 * mass[0] + 0.4 * mass[1])
-    assert math.isclose(float(turbo._precision["0"]), mean, rel_tol=1e-4)
+    assert math.isclose(float(turbo._precision["0"][0, 0]), mean, rel_tol=1e-4)
 
 
 def test_gradient_of_the_term_is_the_precision() -> None:

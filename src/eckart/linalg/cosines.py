@@ -20,8 +20,8 @@ def dct(X: Tensor, dim: int = -1, *, overwrite: bool = False) -> Tensor:
 
     Q is orthogonal, so norms stay and :func:`inverse_dct` takes it back. O(n log n) a vector on the CPU (pocketfft, on
     X's own memory; fastest along the contiguous dimension); elsewhere the product with Q up to n = 2048 and torch's
-    FFT above. Float64 and float32 are transformed as such, halves in float32. Autograd runs through it. ``overwrite``: X is
-    not needed any more, and its memory may be used for the result.
+    FFT above. Float64 and float32 are transformed as such, halves in float32. Autograd runs through it. ``overwrite``:
+    X is not needed any more, and its memory may be used for the result.
 
     Raises InputError for integers, complex numbers, scalars and an empty dimension.
     """

@@ -16,8 +16,8 @@ width: then each step of AdamW has a top singular value near η d, σ₁ goes as
 it. So it is on the small problem here, and the paper's claim does not hold there: from width 16 to 64 top singular
 values differ by a factor of up to 1.11 for λ ∝ d, 2.45 for λ ∝ √d and 3.31 for a constant λ with 32 predictions a step,
 and 1.09, 1.42, 1.69 with 128. The root is better than a constant in these figures (in one shorter trial they tied) and
-best in none. With steps of independent noise, σ₁ would go as √(η/λ) d^½ and a constant λ would do. Measure your own exponent with
-:func:`match_top_singular_values` on two short runs before you trust either preset.
+best in none. With steps of independent noise, σ₁ would go as √(η/λ) d^½ and a constant λ would do. Measure your own
+exponent with :func:`match_top_singular_values` on two short runs before you trust either preset.
 
 *Departs from the paper in.* The exponent ¾ is an observation there, not a theorem, and so is the rule. The head counts
 as a vector, as in MuAdam, which goes with logits divided by w (a multiplier of the model, not of the optimizer); a

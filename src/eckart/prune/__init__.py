@@ -1,6 +1,7 @@
 """Removing what is not needed: masks, selectors, refit, schedules, sparse training."""
 
 from eckart.prune.actions import ACTIONS, Action, Fade, Freeze, Prox, Regrow, Shrink, Zero
+from eckart.prune.alps import alps
 from eckart.prune.cric import CricResult, cric_scores
 from eckart.prune.dsl import dynamic_sparse_learning
 from eckart.prune.envelope import group_envelope
@@ -70,6 +71,7 @@ __all__ = [
     "View",
     "Whole",
     "Zero",
+    "alps",
     "chained",
     "corrected_bias",
     "cric_scores",

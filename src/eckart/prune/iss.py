@@ -72,8 +72,8 @@ def iss_p(
 
 
 def _run_claim() -> Verdict:
-    soft, _ = pruned_training(300, selector="magnitude", keep=0.05, action=Shrink(0.95))
-    hard, _ = pruned_training(300, selector="magnitude", keep=0.05, action=Shrink(0.0))
+    soft, _ = pruned_training(250, selector="magnitude", keep=0.05, action=Shrink(0.95))
+    hard, _ = pruned_training(250, selector="magnitude", keep=0.05, action=Shrink(0.0))
     return Verdict(held=soft < hard, figures={"soft": soft, "hard": hard})
 
 

@@ -149,7 +149,8 @@ def one_shot(
             others, and all that "keep n of m" can have), ``global`` (one threshold on the scores of ``wanda`` or
             ``magnitude``), ``owl`` and ``farms`` (shares by block).
         rank: of a product beside every sparse weight, in ``outcome.factors``; 0 for none. Needs ``refit``.
-        include, exclude: patterns of names.
+        include: patterns of names, the only ones that are pruned.
+        exclude: patterns of names that are left alone.
 
     Everything is checked before any change, and nothing is written until all maps are done. Embeddings and the head
     stay, as does what :func:`eckart.arch.skipped_sites` names. Work is done on the CPU, with both moments of a map in
@@ -206,8 +207,8 @@ def one_shot(
 
 
 def default_method(pattern: str | Pattern) -> OneShotMethod:
-    """``sparsegpt`` for "keep n of m", where no budget can be shared; ``kfac`` for every other pattern."""
-    return "sparsegpt" if isinstance(parse_pattern(pattern), NofM) else "kfac"
+    """``alps`` for "keep n of m", where no budget can be shared; ``kfac`` for every other pattern."""
+    return "alps" if isinstance(parse_pattern(pattern), NofM) else "kfac"
 
 
 # ---- checks

@@ -323,7 +323,7 @@ def global_masks(
 
     ``scores``: (…, out, in) by layer, comparable between layers; the score of a unit of several weights is the mean
     of theirs. ``floor``: weights that every layer keeps at least. Raises InputError for patterns with a count per row,
-    which have no budget to share, and as :func:`check_fits`, :func:`check_scores`, :func:`global_choice` do.
+    which have no budget to share, and as ``check_fits``, ``check_scores`` and ``global_choice`` do.
     """
     pattern, keep = parse_pattern(pattern), check_keep(keep)
     if pattern.local:

@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Self
 
 import numpy as np
@@ -64,7 +65,8 @@ INITIAL = 0.1
 class QuickSelection:
     """Keeps the features with the strongest links of a sparse denoising autoencoder; no labels needed.
 
-    An estimator by scikit-learn's habits: parameters are stored as given and checked in ``fit``; what was learned ends
+    An estimator by scikit-learn's habits, without its base class, that passes ``check_estimator`` of scikit-learn 1.9
+    (sparse and complex data are refused, as declared): parameters are stored as given and checked in ``fit``; what was learned ends
     in an underscore; the same ``random_state`` gives the same result. Learned: ``feature_importances_`` (n_features,)
     the strengths, ``support_`` (n_features,) bool, ``n_features_in_``, ``feature_names_in_`` where X has column names,
     ``loss_curve_`` the mean squared error per feature of every epoch, and ``links_``, the number of links per layer.
@@ -299,6 +301,24 @@ class QuickSelection:
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "support_")
 
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn asks of an estimator; only scikit-learn calls it, so it is there."""
+        utils = import_module("sklearn.utils")
+        return utils.Tags(
+            estimator_type=None,
+            target_tags=utils.TargetTags(required=False),
+            transformer_tags=utils.TransformerTags(preserves_dtype=["float64", "float32"]),
+            input_tags=utils.InputTags(),
+        )
+
+
+class _NotFiniteTable(NotFiniteError, InputError):
+    """NaN or Inf in X: also the ValueError that scikit-learn expects."""
+
+
+class _NoNumbers(InputError, TypeError):
+    """Objects that are no numbers in X: also the TypeError that scikit-learn expects."""
+
 
 class _Links:
     """A sparse layer as a matrix (out, in) with a mask, its momentum, and SET's exchange."""
@@ -339,7 +359,8 @@ def _table(X: Any, what: str) -> np.ndarray[Any, Any]:
     except (TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"QuickSelection.{what}: X is no table of numbers: {error}.") from error
+        kind = _NoNumbers if isinstance(error, TypeError) else InputError
+        raise kind(f"QuickSelection.{what}: X is no table of numbers: {error}.") from error
     if table.ndim != 2:
         raise InputError(
             f"QuickSelection.{what}: expected 2D array (samples, features); got shape {table.shape}. Reshape your data."
@@ -349,7 +370,7 @@ def _table(X: Any, what: str) -> np.ndarray[Any, Any]:
         raise InputError(f"QuickSelection.{what}: 0 {missing} (shape={table.shape}) while a minimum of 1 is required.")
     if not np.isfinite(table).all():
         bad = np.flatnonzero(~np.isfinite(table).all(0))[:10].tolist()
-        raise NotFiniteError(f"QuickSelection.{what}: X contains NaN or inf, in columns {bad}.")
+        raise _NotFiniteTable(f"QuickSelection.{what}: X contains NaN or inf, in columns {bad}.")
     return table
 
 

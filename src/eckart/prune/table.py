@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from eckart.prune.alps import METHOD as ALPS
 from eckart.prune.cric import METHOD as CRIC
 from eckart.prune.dsl import METHOD as DSL
 from eckart.prune.envelope import METHOD as ENVELOPE
@@ -32,6 +33,7 @@ _ALL: tuple[Technique, ...] = (
     WANDA,
     SPARSEGPT,
     KFAC,
+    ALPS,
     MFAC,
     REFIT,
     SPARSE_LOWRANK,
