@@ -5,7 +5,7 @@
 Two tasks: the digits of scikit-learn with an MLP (accuracy on the third that is held out), and a small byte-level Llama
 on the standard library's source (nats per byte on files that it never saw). The Llama has one layer of width 64 and is
 trained for 150 steps of 384 bytes, so that all fits into minutes: it says which method copes with a short training, not
-what a long one gives. It is so short that the dense twin ends no lower than a pruned one.
+what a long one gives. Its learning rate is that of 3e-3, 5e-3 and 1e-2 with which the dense twin ends lowest.
 
 90 and 95 % removed of the maps inside, N:M with 1 of 8 and 1 of 16 kept, three seeds. Baselines: gradual magnitude with
 the same share in each layer, and with shares by Erdős-Rényi-Kernel (ERK). Methods that remove whole neurons are
@@ -231,7 +231,7 @@ class Digits:
 class Bytes:
     """The next byte of source code, by a small Llama."""
 
-    name, unit, steps, rate = "llama", "nats per byte", 150, 1e-2
+    name, unit, steps, rate = "llama", "nats per byte", 150, 3e-3
     width, hidden, layers, batch, context = 64, 192, 1, 8, 48
 
     @classmethod

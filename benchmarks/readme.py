@@ -142,6 +142,70 @@ def later_rows() -> list[str]:
     return rows
 
 
+def optimizers() -> list[str]:
+    """Loss against bytes of state, and the cost of a step."""
+    lines = []
+    if (found := read("optim_learning.json")) is not None and found["rows"]:
+        settings, unit = found["settings"], next(iter(found["rows"].values()))
+        lines += [
+            f"A small Llama trained from nothing on source code, `python benchmarks/optim_learning.py`: "
+            f"{settings['steps']} steps of {settings['batch'] * settings['window']} bytes, "
+            f"{len(unit['losses'])} seeds, the best of at least three learning rates for each; held-out nats per byte. Bytes are those of the whole "
+            "state, per parameter. The rate is chosen by the loss that is shown.",
+            "",
+            "| optimizer | state, bytes | of AdamW's | loss | less AdamW's (range of seeds) | in AdamW's CPU time |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, row in sorted(found["rows"].items(), key=lambda item: item[1]["loss"]):
+            gaps = row["less_adamw"]
+            lines.append(
+                f"| {name} | {row['bytes_a_parameter']:.2f} | {row['bytes'] / unit['bytes']:.2f} | {row['loss']:.3f} "
+                f"| {sum(gaps) / len(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f}) | {row['equal_time']:.3f} |"
+            )
+        lines.append("")
+    if (found := read("optim_step.json")) is not None:
+        products = "with" if found["bfloat16_products"] else "without"
+        lines += [
+            "The cost of a step, `python benchmarks/optim_step.py`, one 1024 × 4096 matrix at rank 128 on one thread "
+            f"of a CPU {products} bfloat16 products:",
+            "",
+            "| figure | measured | asked |",
+            "|---|---|---|",
+            *(
+                f"| {name} | {bar['found']:.2g} | {bar['wanted']}{'' if bar['holds'] else ', **missed**'} |"
+                for name, bar in found["bars"].items()
+            ),
+            "",
+        ]
+    return lines
+
+
+def pruned() -> list[str]:
+    """One-shot pruning against its baselines, and training-time methods against gradual magnitude."""
+    lines = []
+    result = read("prune_oneshot.json") or {}
+    for part, heading in (
+        ("minilm", "Pruned in one shot, `python benchmarks/prune_oneshot.py minilm`: {unit}, 36 encoder maps"),
+        ("causal", "The same on the small Llama: {unit} on held-out source, {dense:.3f} dense"),
+    ):
+        if part not in result:
+            continue
+        found = result[part]
+        groups = found["rows"]
+        heads = [f"{float(group):.0%} kept" if group.replace(".", "").isdigit() else group for group in groups]
+        lines += [
+            heading.format(unit=found["unit"], dense=found.get("dense") or 0.0) + ".",
+            "",
+            "| method | " + " | ".join(heads) + " |",
+            "|---" * (len(heads) + 1) + "|",
+        ]
+        for name in dict.fromkeys(name for rows in groups.values() for name in rows):
+            cells = [f"{rows[name]['value']:.3f}" if name in rows else "" for rows in groups.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
 SAME = (
     ("eckart: whitened, uniform", "SVD-LLM: SVD-LLM"),
     ("eckart: kfac, uniform", "lems: KFAC-SVD, uniform"),
@@ -192,6 +256,8 @@ def figures() -> str:
     )
     lines += peers()
     lines += adapters()
+    lines += optimizers()
+    lines += pruned()
     rows = []
     if (found := read("inference.json")) is not None:
         rows += [

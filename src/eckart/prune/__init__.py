@@ -6,6 +6,7 @@ from eckart.prune.cric import CricResult, cric_scores
 from eckart.prune.dsl import dynamic_sparse_learning
 from eckart.prune.envelope import group_envelope
 from eckart.prune.envelope_prox import envelope_prox
+from eckart.prune.ftwt import DynamicRouting, RoutingReport
 from eckart.prune.global_magnitude import global_mp
 from eckart.prune.gradient_flow import GradientFlow, flow_stages
 from eckart.prune.gradual import gradual_magnitude
@@ -42,6 +43,7 @@ __all__ = [
     "Confidence",
     "CostMap",
     "CricResult",
+    "DynamicRouting",
     "Fade",
     "Freeze",
     "GradientFlow",
@@ -57,6 +59,7 @@ __all__ = [
     "PrunedLayer",
     "QuickSelection",
     "Regrow",
+    "RoutingReport",
     "Row",
     "Runs",
     "Schedule",

@@ -50,7 +50,7 @@ from eckart.evidence import learned_problem
 from eckart.forms import Dense
 from eckart.linalg.exact import as_float64
 from eckart.prune.patterns import NofM, Pattern, Row, Unstructured, parse_pattern
-from eckart.prune.refit import ITERATIONS, Metric, corrected_bias, refit, working
+from eckart.prune.refit import ITERATIONS, Metric, corrected_bias, floored, refit, working
 from eckart.prune.sparsegpt import sparsegpt
 from eckart.records import Claim, Paper, Technique, Verdict
 
@@ -212,7 +212,7 @@ def _run_claim() -> Verdict:
                     weights = problem.weights(name)
                     W, bias = weights["weight"].float(), weights.get("bias")
                     second, gradient, mean = kfac.metrics(weights, moments[name], kfac.Options())
-                    G = None if metric == "Σ" else gradient + 0.01*gradient.diagonal().mean()*torch.eye(len(gradient),dtype=torch.float64)
+                    G = None if metric == "Σ" else floored(gradient)
                     start, mask = sparsegpt(W, second, None, pattern)
                     found = {
                         "sparsegpt, refitted": refit(W, mask, second, start=start, gradient=G),

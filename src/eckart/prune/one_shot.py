@@ -23,7 +23,7 @@ from eckart.prune.kfac import CostMap, loss_shares, prune_kfac
 from eckart.prune.masks import MaskSet
 from eckart.prune.owl import owl_shares
 from eckart.prune.patterns import NofM, Pattern, check_fits, check_keep, global_masks, parse_pattern
-from eckart.prune.refit import corrected_bias, refit, row_errors
+from eckart.prune.refit import corrected_bias, floored, refit, row_errors
 from eckart.prune.sparse_lowrank import sparse_lowrank
 from eckart.prune.sparsegpt import sparsegpt
 from eckart.prune.wanda import wanda_scores
@@ -340,7 +340,7 @@ def _maps(model: nn.Module, sites: Sequence[Site], moments: Moments | None) -> d
                 blind = known.gradient is None and known.gradient_scale is None
                 scaled = replace(known, gradient_scale=float(site.out_features)) if blind else known
                 second, gradient, mean = kfac.metrics(matrix, scaled, kfac.Options())
-                gradient = None if blind else gradient
+                gradient = None if blind or gradient is None else floored(gradient)
             found[_key(site, slice_)] = _Map(
                 site=site,
                 weight=matrix["weight"],

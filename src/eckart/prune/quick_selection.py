@@ -65,9 +65,9 @@ INITIAL = 0.1
 class QuickSelection:
     """Keeps the features with the strongest links of a sparse denoising autoencoder; no labels needed.
 
-    An estimator by scikit-learn's habits, without its base class, that passes ``check_estimator`` of scikit-learn 1.9
-    (sparse and complex data are refused, as declared): parameters are stored as given and checked in ``fit``; what was learned ends
-    in an underscore; the same ``random_state`` gives the same result. Learned: ``feature_importances_`` (n_features,)
+    An estimator by scikit-learn's habits: parameters are stored as given and checked in ``fit``; what was learned ends
+    in an underscore; the same ``random_state`` gives the same result. It passes ``check_estimator`` of scikit-learn 1.9
+    without inheriting from its base class, at which that warns. Learned: ``feature_importances_`` (n_features,)
     the strengths, ``support_`` (n_features,) bool, ``n_features_in_``, ``feature_names_in_`` where X has column names,
     ``loss_curve_`` the mean squared error per feature of every epoch, and ``links_``, the number of links per layer.
     """
@@ -128,7 +128,7 @@ class QuickSelection:
             generator.seed()
         else:
             generator.manual_seed(self.random_state)
-        data = torch.from_numpy(table)
+        data = torch.tensor(table)
         if self.standardize:
             deviation = data.std(0, correction=0)
             data = (data - data.mean(0)) / torch.where(deviation > 0, deviation, 1.0)

@@ -106,6 +106,19 @@ def corrected_bias(weight: Tensor, pruned: Tensor, bias: Tensor, mean: Tensor) -
     return (bias.detach().to("cpu", torch.float64) + delta @ mean.to("cpu", torch.float64)).to(bias.device, bias.dtype)
 
 
+def floored(gradient: Tensor) -> Tensor:
+    """G + 0.01 ḡ I, ḡ the mean of its diagonal; (out, out) or (out,), float64.
+
+    Outputs that hardly have a gradient would pay for the others with weights as large as they please: on the learned
+    problem, whose text lacks most of the 256 bytes, a 2:4 mask refitted under G raised the loss by 71 nats per byte,
+    and by .086 under this (.110 under Σ alone).
+    """
+    gradient = gradient.double()
+    diagonal = gradient if gradient.ndim == 1 else gradient.diagonal()
+    floor = 0.01 * diagonal.mean()
+    return gradient + (floor if gradient.ndim == 1 else floor * torch.eye(len(gradient), dtype=torch.float64))
+
+
 def row_errors(delta: Tensor, second: Tensor) -> Tensor:
     """(out,): δ Σ δᵀ of every row δ of ``delta`` (out, in), float64; ``second`` (in, in) or (in,)."""
     delta = delta.to("cpu", torch.float64)

@@ -6,6 +6,7 @@ from eckart.prune.alps import METHOD as ALPS
 from eckart.prune.cric import METHOD as CRIC
 from eckart.prune.dsl import METHOD as DSL
 from eckart.prune.envelope import METHOD as ENVELOPE
+from eckart.prune.ftwt import METHOD as FTWT
 from eckart.prune.global_magnitude import METHOD as GLOBAL_MAGNITUDE
 from eckart.prune.gradient_flow import METHOD as GRADIENT_FLOW
 from eckart.prune.gradual import METHOD as GRADUAL
@@ -53,6 +54,7 @@ _ALL: tuple[Technique, ...] = (
     QUICK_SELECTION,
     SSVI,
     TURBO_VBI,
+    FTWT,
 )
 
 PRUNING: dict[str, Technique] = {method.name: method for method in _ALL}
