@@ -110,14 +110,7 @@ def optimizers() -> dict[str, tuple[Callable[[nn.Module, float], Made], tuple[fl
         "DCT-AdamW, int8 feedback": (plain(lambda p, lr: optim.DCTAdamW(p, lr=lr, rank=RANK, feedback="int8")), low),
         "rows": (subspace(subspace="rows"), low),
         "rows, int8 feedback": (subspace(subspace="rows", feedback="int8"), low),
-        "rows of 1/8, int8 feedback and state": (
-            plain(
-                lambda p, lr: optim.Subspace(p, lr, subspace="rows", rank=RANK / 2, feedback="int8", state_dtype="int8")
-            ),
-            low,
-        ),
         "power": (subspace(subspace="power"), low),
-        "AdamW rule, int8 state": (plain(lambda p, lr: optim.Subspace(p, lr, rule="adam", state_dtype="int8")), adam),
         "AuON": (muon_like(lambda p, lr, **o: optim.AuON(p, lr=lr, **o)), (0.1, 0.3, 0.9)),
         "SST": (spectral, adam),
     }

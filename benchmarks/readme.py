@@ -150,8 +150,8 @@ def optimizers() -> list[str]:
         lines += [
             f"A small Llama trained from nothing on source code, `python benchmarks/optim_learning.py`: "
             f"{settings['steps']} steps of {settings['batch'] * settings['window']} bytes, "
-            f"{len(unit['losses'])} seeds, the best of at least three learning rates for each; held-out nats per byte. Bytes are those of the whole "
-            "state, per parameter. The rate is chosen by the loss that is shown.",
+            f"{len(unit['losses'])} seeds, the best of at least three learning rates for each; held-out nats per "
+            "byte. Bytes are those of the whole state, per parameter. The rate is chosen by the loss that is shown.",
             "",
             "| optimizer | state, bytes | of AdamW's | loss | less AdamW's (range of seeds) | in AdamW's CPU time |",
             "|---|---|---|---|---|---|",

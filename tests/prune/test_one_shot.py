@@ -76,7 +76,7 @@ def pruned(model: nn.Module = MODEL, moments: Moments | None = MOMENTS, **option
     return model, masks, outcome
 
 
-@pytest.mark.parametrize("method", ["kfac", "sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", ["kfac", "alps", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("keep", [0.3, 0.5])
 def test_every_method_keeps_the_share_and_says_so(method: str, keep: float) -> None:
     model, masks, outcome = pruned(method=method, keep=keep)

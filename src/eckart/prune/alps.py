@@ -35,7 +35,7 @@ for Large Language Models”, 2024, https://arxiv.org/abs/2406.07831.
 >>> before = refit(W, sparsegpt(W, X.T @ X / 200, pattern="2:4")[1], X.T @ X / 200)
 >>> S, mask = alps(W, X.T @ X / 200)
 >>> f"{(X @ (W - before).T).norm() / (X @ W.T).norm():.3f} {(X @ (W - S).T).norm() / (X @ W.T).norm():.3f}"
-''
+0.158 0.133
 """
 
 from __future__ import annotations
@@ -203,34 +203,33 @@ def _run_claim() -> Verdict:
     problem = learned_problem()
     figures: dict[str, float] = {}
     held = True
-    for pattern in ("2:4",):
-        for metric in ("Σ", "Σ and G"):
-            rises, errors = {"sparsegpt, refitted": 0.0, "alps": 0.0}, {"sparsegpt, refitted": 0.0, "alps": 0.0}
-            for moments in calibrations():
-                forms: dict[str, dict[str, Dense]] = {method: {} for method in rises}
-                for name in LINEAR:
-                    weights = problem.weights(name)
-                    W, bias = weights["weight"].float(), weights.get("bias")
-                    second, gradient, mean = kfac.metrics(weights, moments[name], kfac.Options())
-                    G = None if metric == "Σ" else floored(gradient)
-                    start, mask = sparsegpt(W, second, None, pattern)
-                    found = {
-                        "sparsegpt, refitted": refit(W, mask, second, start=start, gradient=G),
-                        "alps": alps(W, second, None, pattern, gradient=G)[0],
-                    }
-                    distance = Metric(second, G, torch.float64)
-                    for method, S in found.items():
-                        errors[method] += distance.cost(distance.scaled(W - S)) / distance.cost(distance.scaled(W))
-                        moved = bias if bias is None or mean is None else corrected_bias(W, S, bias, mean)
-                        forms[method][name] = Dense(S, bias=moved)
-                for method in rises:
-                    rises[method] += problem.rise(forms[method]) / len(calibrations())
-            for method in rises:
-                errors[method] /= len(calibrations()) * len(LINEAR)
-                figures[f"{pattern}, {metric}, {method}: loss rise"] = rises[method]
-                figures[f"{pattern}, {metric}, {method}: error"] = errors[method]
-            held = held and all(each["alps"] < each["sparsegpt, refitted"] for each in (rises, errors))
-    return Verdict(held=held, figures=figures, note="nats per byte; 4 learned maps, 3 calibration samples")
+    moments = calibrations()[0]
+    for metric in ("Σ", "Σ and G"):
+        forms: dict[str, dict[str, Dense]] = {"sparsegpt, refitted": {}, "alps": {}}
+        errors = dict.fromkeys(forms, 0.0)
+        for name in LINEAR:
+            weights = problem.weights(name)
+            W, bias = weights["weight"].float(), weights.get("bias")
+            second, gradient, mean = kfac.metrics(weights, moments[name], kfac.Options())
+            G = None if metric == "Σ" or gradient is None else floored(gradient)
+            start, mask = sparsegpt(W, second, pattern="2:4")
+            found = {
+                "sparsegpt, refitted": refit(W, mask, second, start=start, gradient=G),
+                "alps": alps(W, second, gradient=G)[0],
+            }
+            distance = Metric(second, G, torch.float64)
+            for method, S in found.items():
+                errors[method] += (
+                    distance.cost(distance.scaled(W - S)) / distance.cost(distance.scaled(W)) / len(LINEAR)
+                )
+                moved = bias if bias is None or mean is None else corrected_bias(W, S, bias, mean)
+                forms[method][name] = Dense(S.double(), bias=moved)
+        rises = {method: problem.rise(pruned) for method, pruned in forms.items()}
+        for method in rises:
+            figures[f"{metric}, {method}: loss rise"] = rises[method]
+            figures[f"{metric}, {method}: error"] = errors[method]
+        held = held and all(each["alps"] < each["sparsegpt, refitted"] for each in (rises, errors))
+    return Verdict(held=held, figures=figures, note="nats per byte; 4 learned maps")
 
 
 METHOD = Technique(
@@ -244,8 +243,8 @@ METHOD = Technique(
     ),
     entry=alps,
     claim=Claim(
-        statement="At 2:4 and 1:4 of four learned maps, under Σ alone and under Σ and G, error and rise of the "
-        "held-out loss are lower than with SparseGPT and a refit under the same metric (mean of 3 calibration samples).",
+        statement="At 2:4 of four learned maps, under Σ alone and under Σ and G, error and rise of the held-out "
+        "loss are lower than with SparseGPT and a refit under the same metric.",
         source="Meng et al. 2024, tables at N:M: ALPS against SparseGPT",
         run=_run_claim,
     ),

@@ -14,7 +14,10 @@ score = mean of the saliencies over all steps + r / |set|.
 the model and of the optimizer's state.
 
 *When it does not help.* Where scores are not what goes wrong. The loss term is the same for all groups of a set, so
-within one layer only the averaging is left of it.
+within one layer only the averaging is left of it. And before a network has learned: with scores taken at random
+weights, HESSO in ``benchmarks/prune_training.py`` (means of three seeds, against HESSO with its own scores) gives, on
+the digits (accuracy after 250 steps) .662 against .726 with 90 % removed and .292 against .322 with 95 %; on a small
+Llama (nats per byte after 150 steps, 2.683 dense) 2.715 against 2.697 and 2.713 against 2.699.
 
 *Departs from the paper in.* A function that runs before the schedule, in the place of phases of an optimizer. The
 optimizer's state is put back, as the weights are; theirs keeps it. It needs a function that computes the loss.

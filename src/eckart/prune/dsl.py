@@ -16,6 +16,9 @@ with zeros are no faster.
 claim's task (400 steps, mean of two seeds, nats per rating: dense, pattern held fixed, dynamic), tables of width 16 end
 at 0.505, 0.569, 0.545; of 32 at 0.516, 0.551, 0.525; of 64 at 0.566, 0.555, 0.517, where the dense one overfits; the
 claim's width was chosen among these. A pattern held fixed is always worse than one that moves.
+Outside of recommenders, over the inner maps alone, against gradual pruning (``benchmarks/prune_training.py``, means of
+three seeds): on the digits (accuracy after 250 steps) .900 against .922 with 90 % removed and .846 against .667 with
+95 %; on a small Llama (nats per byte after 150 steps, 2.683 dense) 2.652 against 2.675 and 2.666 against 2.684.
 
 *Departs from the paper in.* The first pattern is that of the largest initial weights, theirs is random. Every table
 and layer keeps the same share (``allocation="erk"`` gives small ones more). ``interval=None`` takes 3000 steps where

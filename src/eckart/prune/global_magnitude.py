@@ -13,7 +13,11 @@ and of the others the largest up to ⌊keep · N⌋ in total. floor = 0.05 %.
 worth. The claim fails for this: its trained network, cut at once and trained 100 steps more, ends at 2.396 nats per
 byte with 20 % of its weights left (the same share in each layer: 2.264) and at 3.405 with 10 % (3.045). So it is with
 large language models that are pruned without training: with 30 % of LLaMA-7B left global magnitude has a perplexity of
-48,419, Wanda 85.8, SparseGPT 26.3 (table of the authors of OWL). Scattered zeros make nothing faster.
+48,419, Wanda 85.8, SparseGPT 26.3 (table of the authors of OWL). Cut gradually from random weights
+(``benchmarks/prune_training.py``, means of three seeds, against the same share in each layer) it gave, on the digits
+(accuracy after 250 steps) .930 against .922 with 90 % removed and .737 against .667 with 95 %; on a small Llama (nats
+per byte after 150 steps, 2.683 dense) 2.680 against 2.675 and 2.688 against 2.684; shares by ERK ended at .944 and
+.840, 2.679 and 2.678. Scattered zeros make nothing faster.
 
 *Departs from the paper in.* The authors scale the layers' sparsities to the target, clip at the floor, and repeat until
 the target is met; here the floors are taken out first and the rest is one exact ranking, so no repetition is needed.

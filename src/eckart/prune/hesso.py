@@ -13,7 +13,10 @@ bool per group.
 
 *When it does not help.* At short trainings: in 300 steps the claim fails at 5 % of the neurons (2.240 nats per byte
 faded, 2.222 cut at the start of the ramp; at 10 % 2.187 and 2.196), as what is cut early leaves the others more time.
-The gradient is that of one batch, so three of the five criteria are noisy.
+Against gradual magnitude pruning of neurons in ``benchmarks/prune_training.py`` (means of three seeds): on the digits
+(accuracy after 250 steps) .726 against .848 with 90 % removed and .322 against .546 with 95 %; on a small Llama (nats
+per byte after 150 steps, 2.683 dense) 2.697 against 2.693 and 2.699 against 2.686. The gradient is that of one batch,
+so three of the five criteria are noisy.
 
 *Departs from the paper in.* Theirs is an optimizer of its own; this is a hook after any optimizer's step. Saliency
 takes the gradient itself, theirs the direction of their optimizer (for Adam divided by the root of the second moment).

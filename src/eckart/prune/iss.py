@@ -11,8 +11,10 @@ i in Ω_t, α = 0.95. α = 0 is iterative hard thresholding.
 which leaves a comparison: the paper's fast variant.
 
 *When it does not help.* Where the ramp is short: a weight that is shrunk by 0.95 a step needs 90 steps to lose 99 % of
-its size, and the optimizer works against it all the while; the cut at the end then takes what is still in use. On the
-digits of scikit-learn, 400 steps, gradual pruning keeps more accuracy at 90 % (.936 against .929; at 95 % .680, .767).
+its size, and the optimizer works against it all the while; the cut at the end then takes what is still in use. Against
+gradual pruning in ``benchmarks/prune_training.py`` (means of three seeds): on the digits (accuracy after 250 steps)
+.870 against .922 with 90 % removed and .558 against .667 with 95 %; on a small Llama (nats per byte after 150 steps,
+2.683 dense) 2.600 against 2.675 and 2.657 against 2.684.
 
 *Departs from the paper in.* α: the parser of the authors' code has 0.99, their README 0.95, which is taken. Their ramp
 is followed by a new optimizer for the fine-tuning; here the one goes on, with its state of the zeroed weights cleared.

@@ -139,12 +139,12 @@ def one_shot(
         moments: of this model, see :func:`eckart.moments.collect`; ``magnitude`` without a refit needs none.
         keep: share of the weights of these maps that stay, in (0, 1). None: half, or what "keep n of m" says.
         pattern: see :func:`parse_pattern`: ``unstructured``, ``row``, ``2:4``, ``keep 2 of 8``, ``runs of 16``, …
-        method: ``kfac`` (moments with gradients), ``sparsegpt``, ``wanda``, ``magnitude``. None: ``sparsegpt`` for
+        method: ``kfac`` (moments with gradients), ``alps``, ``sparsegpt``, ``wanda``, ``magnitude``. None: ``sparsegpt`` for
             "keep n of m" (2:4, MiniLM: cosine of .912 with the refit under G, ``kfac`` .904), else ``kfac``. At half
             kept ``kfac`` lost least: MiniLM's embeddings kept a cosine of .958 (.943 with Wanda and a refit under Σ,
             .923 with SparseGPT as published), a small causal model lost .034 nats per token (.146 and .161).
         refit: least squares on the mask afterwards, under Σ and G where the moments have it, the bias taking up the
-            mean. ``kfac`` refits in every stage.
+            mean. ``kfac`` and ``alps`` refit by themselves.
         allocation: ``loss`` (one budget in units of the loss; default for ``kfac``), ``uniform`` (default for the
             others, and all that "keep n of m" can have), ``global`` (one threshold on the scores of ``wanda`` or
             ``magnitude``), ``owl`` and ``farms`` (shares by block).
@@ -316,7 +316,7 @@ class _Map:
     second: Tensor | None
     """Σ, shrunk, and centred where ``mean`` is there."""
     gradient: Tensor | None
-    """G, shrunk; None where no gradient was collected."""
+    """G, shrunk and floored; None where no gradient was collected."""
     mean: Tensor | None
 
     @property

@@ -15,6 +15,9 @@ is one pass over the weights; greedy scores every model once and up to m − 1 a
 *When it does not help.* Where the copies ended in different basins: models of different masks or of different pruned
 starts average to noise, and the former is an error here. The gain is small: in the claim 0.005 nats per byte
 below the best of three (2.379, 2.384).
+With the last quarter of gradual pruning trained three times, against once (``benchmarks/prune_training.py``, means of
+three seeds): on the digits (accuracy after 250 steps) .921 against .922 with 90 % removed and .668 against .667 with
+95 %; on a small Llama (nats per byte after 150 steps, 2.683 dense) 2.673 against 2.675 and 2.682 against 2.684.
 
 *Departs from the paper in.* The mask is asserted to be the same, from a :class:`MaskSet` or from the zeros themselves;
 the authors' code takes the mask of the last model. Integer buffers (the count of batches) are taken from the first

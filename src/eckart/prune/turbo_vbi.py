@@ -25,15 +25,15 @@ sweeps · (rows + columns) · 4 operations on vectors: seldom, ``interval`` apar
 so a trained network has no clusters to find and the prior has to make them. In an MLP of 20, 48, 48 and 4 units (600
 examples, 200 steps, a fifth kept, no training after; means of three seeds) mean runs were 1.64 with chains of r = 4 and
 1.46 with independent bits, and the held-out loss 1.221 against 0.953 nats. Even where the truth is in blocks the runs
-grow little: 1.61 against 1.41 on the claim's data, where those of the truth are 8. The loop of rows and columns is exact only where one of them has
-length 1. Runs of zeros save time only in kernels that know them.
+grow little: 1.61 against 1.41 on the claim's data, where those of the truth are 8. The loop of rows and columns is
+exact only where one of them has length 1. Runs of zeros save time only in kernels that know them.
 
-*Departs from the paper in.* No code was found, and the update formulas were derived here from the model in the abstract
-and in the authors' earlier papers, not checked against theirs. The paper factorises q(ρ) q(s); here ρ and s are
-joint, q(s) q(ρ|s), as closed and never a worse bound: apart, a weight at 0 whose bit is on keeps it on, since
-a ln(b/b̄) > a + ½. Its prior is a chain within and one between neurons; here rows and columns are two chains whose
-common marginal counts once. Per map b = a · mean w² at the start and b̄ = b · ``contrast``. The weights that go are
-chosen by q(s), or by ``keep`` as a count of the highest, for comparison.
+*Departs from the paper in.* No code was found and the paper's equations could not be read: model and updates are those
+of the Turbo-VBI family as remembered, derived here, and not checked against the paper's, whose three-layer prior also
+has structure between neurons. The family factorises q(ρ) q(s); here ρ and s are joint, q(s) q(ρ|s), as closed and never
+a worse bound: apart, a weight at 0 whose bit is on keeps it on, since a ln(b/b̄) > a + ½. Rows and columns are two
+chains whose common marginal counts once. Per map b = a · mean w² at the start and b̄ = b · ``contrast``. The weights
+that go are chosen by q(s), or by ``keep`` as a count of the highest, for comparison.
 
 *Reference.* C. Xia, D. H. K. Tsang, V. K. N. Lau, “Structured Bayesian Compression for Deep Neural Networks Based on
 The Turbo-VBI Approach”, 2023, https://arxiv.org/abs/2302.10483.

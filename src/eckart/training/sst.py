@@ -22,9 +22,9 @@ rank 8 of 96) it ends at 2.54 nats per byte, ReLoRA* at 2.57, LoRA at 2.67, all 
 took 1.3 times as long as LoRA's. Drawings every 10 to 60 steps ended within 0.08 of each other there, the frequent ones
 best; on a Llama of width 128 after 300 steps, ``period`` 200 ended at 2.21 and 40 at 2.26.
 
-*Departs from the paper in.* The authors' repository was out of reach; p_i, enhanced gradients, resets and the warm-up
-follow the paper, ``period`` and ``svd_every`` (as many drawings as it takes to see k columns) are options. Scaling the
-moves works with any optimizer, but where moments decay (Adam), they fill up during the warm-up as without it. What the
+*Departs from the paper in.* Paper and repository were out of reach: p_i, enhanced gradients, resets and the warm-up
+are as remembered of the paper, unchecked; ``period`` and ``svd_every`` (as many drawings as it takes to see k columns)
+are Eckart's. Scaling the moves works with any optimizer, but where moments decay (Adam), they fill up during the warm-up as without it. What the
 optimizer remembers is dropped for all columns of a layer, also those that are drawn again: Adam's step count is one per
 tensor. Hyperbolic layers are left out.
 
