@@ -180,6 +180,10 @@ def optimizers() -> list[str]:
     return lines
 
 
+LEVELS = ("90 % (1:8)", "95 % (1:16)")
+"""What is removed while training, and the patterns that stand in their columns."""
+
+
 def pruned() -> list[str]:
     """One-shot pruning against its baselines, and training-time methods against gradual magnitude."""
     lines = []
@@ -201,6 +205,22 @@ def pruned() -> list[str]:
         ]
         for name in dict.fromkeys(name for rows in groups.values() for name in rows):
             cells = [f"{rows[name]['value']:.3f}" if name in rows else "" for rows in groups.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if (trained := read("prune_training.json")) is not None and trained["complete"]:
+        tasks = dict.fromkeys(row["task"] for row in trained["rows"])
+        units = dict.fromkeys(f"{row['task']} in {row['unit']}" for row in trained["rows"])
+        lines += [
+            f"Pruned while training, `python benchmarks/prune_training.py`: {', '.join(units)}, means of "
+            f"{len(trained['settings']['seeds'])} seeds. The Llama hardly feels 95 %, so only the digits tell methods "
+            "apart.",
+            "",
+            "| method | " + " | ".join(f"{task}, {share} removed" for task in tasks for share in LEVELS) + " |",
+            "|---" * (2 * len(tasks) + 1) + "|",
+        ]
+        means = {(row["method"], row["task"], row["removed"] > 0.9): row["mean"] for row in trained["rows"]}
+        for name in dict.fromkeys(row["method"] for row in trained["rows"]):
+            cells = [f"{means[name, task, high]:.3f}" for task in tasks for high in (False, True)]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return lines

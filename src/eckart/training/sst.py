@@ -24,9 +24,9 @@ best; on a Llama of width 128 after 300 steps, ``period`` 200 ended at 2.21 and 
 
 *Departs from the paper in.* Paper and repository were out of reach: p_i, enhanced gradients, resets and the warm-up
 are as remembered of the paper, unchecked; ``period`` and ``svd_every`` (as many drawings as it takes to see k columns)
-are Eckart's. Scaling the moves works with any optimizer, but where moments decay (Adam), they fill up during the warm-up as without it. What the
-optimizer remembers is dropped for all columns of a layer, also those that are drawn again: Adam's step count is one per
-tensor. Hyperbolic layers are left out.
+are Eckart's. Scaling the moves works with any optimizer, but where moments decay (Adam), they fill up during the warm-
+up as without it. What the optimizer remembers is dropped for all columns of a layer, also those that are drawn again:
+Adam's step count is one per tensor. Hyperbolic layers are left out.
 
 *Reference.* J. Zhao, Y. Zhang, X. Li, H. Liu, C. V. Cannistraci, “Sparse Spectral Training and Inference on Euclidean
 and Hyperbolic Neural Networks”, ICML 2025, https://arxiv.org/abs/2405.15481.
