@@ -13,7 +13,12 @@ has moved yet it falls by 5. It begins at SparseGPT's result.
 *Cost.* Two eigendecompositions per map, and per round two products (out × out)(out × in) and two (out × in)(in × in),
 in float32 for weights of float32 and less; without G only the latter. 60 rounds at most.
 
-*When it does not help.* TODO
+*When it does not help.* Where a budget can be shared between layers, that is worth more: take ``kfac``. It takes
+three to four times as long as SparseGPT and a refit. At 2:4 the small causal model's 1.157 bits per byte became 1.236,
+against 1.257 for SparseGPT refitted under the same Σ and G and 1.256 for ``kfac``; under Σ alone 1.256 against 1.277;
+with rank 16 beside 1.182 against 1.186. On MiniLM the cosine was .929 against .912 (``kfac``: .904), in 116 s of one
+core against 24. With 30 % kept and no pattern ``kfac`` is better (1.258 against 1.266). Outputs that hardly have a
+gradient need the floor that :func:`one_shot` puts under G, or they pay for the others with huge weights.
 
 *Departs from the paper in.* The paper has Σ alone (leave out ``gradient``); G makes the step separable in two bases
 instead of one. It starts at magnitudes with no multiplier, here at SparseGPT's result with the gradient there, which is
@@ -35,7 +40,7 @@ for Large Language Models”, 2024, https://arxiv.org/abs/2406.07831.
 >>> before = refit(W, sparsegpt(W, X.T @ X / 200, pattern="2:4")[1], X.T @ X / 200)
 >>> S, mask = alps(W, X.T @ X / 200)
 >>> f"{(X @ (W - before).T).norm() / (X @ W.T).norm():.3f} {(X @ (W - S).T).norm() / (X @ W.T).norm():.3f}"
-0.158 0.133
+'0.158 0.133'
 """
 
 from __future__ import annotations

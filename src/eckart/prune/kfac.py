@@ -19,8 +19,9 @@ twice and both moments once in float32, for all maps at the same time where they
 as in ``eckart.compression.kfac``; on text unlike the calibration, weights that only such text needs are gone. At mild
 damage the predicted loss is right, later it is too small (a small causal model, nats per token, predicted and measured:
 .033 and .034 at half kept, .180 and .225 at 2:4, .29 and .62 in runs of 16). At 2:4, where no budget can be shared, it
-is no better there than SparseGPT refitted under the same G (.226), and on MiniLM worse (a cosine of .904 against .912),
-so :func:`one_shot` takes that. It takes several times as long as that: 72 s of one CPU core for the 36 maps of MiniLM.
+is no better there than SparseGPT refitted under the same G (.226), and on MiniLM worse (a cosine of .904 against .912);
+``alps`` is better on both, so :func:`one_shot` takes that.
+It is slow beside SparseGPT: 72 s of one CPU core for the 36 maps of MiniLM.
 
 *Departs from the paper in.* The LLM Surgeon estimates new factors from data after each shot, on the pruned model; here
 one calibration of the original serves all, and G comes from sampled targets rather than from labels. It scores and
