@@ -50,6 +50,14 @@ def test_new_folder_and_replacement(old):
     assert beside(old) == ["out"]
 
 
+def test_weights_have_the_mode_that_the_umask_allows(tmp_path):
+    with atomic_folder(tmp_path / "new") as new:
+        for name in ("model.safetensors", "other"):
+            (new / name).touch(mode=0o600 if name.startswith("model") else 0o666)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+    assert modes == {(tmp_path / "new" / "other").stat().st_mode & 0o777}
+
+
 def test_an_empty_folder_is_no_obstacle(tmp_path):
     (tmp_path / "out").mkdir()
     with atomic_folder(tmp_path / "out") as folder:

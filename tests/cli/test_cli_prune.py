@@ -11,8 +11,10 @@ import torch
 import eckart
 from eckart.arch import find_sites, fingerprint
 from eckart.checkpoint import inspect_folder
+from eckart.cli.recipe import PruneSection
 from eckart.moments import collect, sampled_targets
 from eckart.prune.masks import MaskSet
+from eckart.prune.one_shot import METHODS
 
 CONTENT = {
     "what": "zeros",
@@ -419,3 +421,8 @@ def test_zeros_under_a_budget_in_bytes_from_folder_to_folder(run, base, tmp_path
     assert found["outcome"]["model_after"]["bytes"] <= limit
     assert any(step["form"] == "sparse" for step in found["plan"]["steps"])
     assert logits(tf.AutoModelForCausalLM.from_pretrained(out)).isfinite().all()
+
+
+def test_every_method_can_be_asked_for():
+    named = str(PruneSection.model_fields["method"].annotation)
+    assert all(repr(method) in named for method in METHODS)

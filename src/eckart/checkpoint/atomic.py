@@ -193,6 +193,14 @@ def check_output(path: str | Path, *, overwrite: bool = False, needed: int | Non
     return target
 
 
+def _open_up(folder: Path) -> None:
+    """Give weights the mode that the umask allows, as other files have; safetensors leaves 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False, needed: int | None = None) -> Iterator[Path]:
     """Write into the folder that this yields; when the block ends without an error it becomes ``path``.
@@ -212,6 +220,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needed: int | No
             lock = os.open(new, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield new
+        _open_up(new)
         put_in_place(new, target)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)

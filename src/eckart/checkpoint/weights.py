@@ -189,7 +189,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode & 0o777  # what the umask allows; safetensors would leave 0600
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata=dict(metadata))
+        beside.chmod(mode)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)

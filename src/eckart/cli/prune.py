@@ -61,8 +61,8 @@ def _prune_problems(asked: PruneSection) -> list[str]:
             found.append(
                 f"{', '.join(given)}: for zeros only; {asked.pattern} are scored in one way, equal in all layers."
             )
-    elif asked.refit is False and asked.method in (None, "kfac"):
-        found.append("--no-refit: method kfac refits as it goes; take sparsegpt, wanda or magnitude.")
+    elif asked.refit is False and asked.method in (None, "kfac", "alps"):
+        found.append("--no-refit: kfac, alps and the default refit as they go; take sparsegpt, wanda or magnitude.")
     elif asked.refit is False and asked.rank:
         found.append("--rank fits a product to what a refit leaves; leave out --no-refit.")
     return found

@@ -439,9 +439,9 @@ class PruneSection(Section):
         "narrower layers, which are smaller and faster.",
     )
     method: Annotated[
-        Literal["kfac", "sparsegpt", "wanda", "magnitude"] | None,
-        Flag("--method", "NAME", "method", default="kfac"),
-    ] = Field(default=None, description="Which weights become zero: kfac, sparsegpt, wanda or magnitude.")
+        Literal["kfac", "alps", "sparsegpt", "wanda", "magnitude"] | None,
+        Flag("--method", "NAME", "method", default="kfac, alps for 'keep n of m'"),
+    ] = Field(default=None, description="Which weights become zero: kfac, alps, sparsegpt, wanda or magnitude.")
     refit: Annotated[bool | None, Flag("--refit", "", "refit", default="yes")] = Field(
         default=None, description="Fit what stays to what was there, by least squares."
     )
