@@ -106,7 +106,7 @@ CASES = {
     "no such allocation": ((*GOOD, "-o", "x", "--allocation", "owls"), "unknown value 'owls'. Did you mean 'owl'"),
     "a method for heads": ((*GOOD, "-o", "x", "--pattern", "heads", "--method", "wanda"), "--method: for zeros only"),
     "a rank for neurons": ((*GOOD, "-o", "x", "--pattern", "neurons", "--rank", "4"), "--rank: for zeros only"),
-    "kfac without refit": ((*GOOD, "-o", "x", "--no-refit"), "refits as it goes"),
+    "kfac without refit": ((*GOOD, "-o", "x", "--no-refit"), "refit as they go"),
     "rank without refit": ((*GOOD, "-o", "x", "--no-refit", "--method", "wanda", "--rank", "4"), "--rank fits"),
     "rank below zero": ((*GOOD, "-o", "x", "--rank", "-1"), "--rank: expected greater than or equal to 0"),
     "no statistics": (("prune", "m", "--keep", ".5", "-o", "x"), "--data or --moments is missing"),
