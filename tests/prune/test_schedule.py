@@ -498,7 +498,6 @@ def test_all_bad_options_at_once() -> None:
         ({"keep": 0.5, "action": Regrow(), "pattern": "row", "selector": "magnitude"}, "counts per row"),
         ({"keep": 0.001, "selector": "magnitude"}, "left empty"),
     ],
-    ids=str,
 )
 def test_bad_options(options: dict[str, Any], words: str) -> None:
     model = network()
