@@ -202,7 +202,7 @@ def test_an_interrupt_leaves_nothing(llama, tmp_path):
     time.sleep(8)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode in (130, -signal.SIGINT), stderr  # which shells report alike
     assert f"{out} was not written" in stderr
     assert stdout == ""
     assert list(tmp_path.iterdir()) == []

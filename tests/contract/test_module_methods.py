@@ -49,7 +49,7 @@ def test_the_record_is_complete(method: ModuleMethod) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("parts", [(), ("heads",), "neurons", 3])
+@pytest.mark.parametrize("parts", [(), ("tails",), "neurons", 3])
 def test_parts_that_do_not_exist(method: ModuleMethod, parts: object) -> None:
     with pytest.raises(InputError, match="part"):
         method.options(parts=parts)

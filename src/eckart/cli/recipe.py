@@ -440,8 +440,12 @@ class PruneSection(Section):
     )
     method: Annotated[
         Literal["kfac", "alps", "sparsegpt", "wanda", "magnitude"] | None,
-        Flag("--method", "NAME", "method", default="kfac, alps for 'keep n of m'"),
-    ] = Field(default=None, description="Which weights become zero: kfac, alps, sparsegpt, wanda or magnitude.")
+        Flag("--method", "NAME", "method", default="kfac"),
+    ] = Field(
+        default=None,
+        description="Which weights become zero: kfac, alps, sparsegpt, wanda or magnitude. "
+        "alps is the default for 'keep n of m'.",
+    )
     refit: Annotated[bool | None, Flag("--refit", "", "refit", default="yes")] = Field(
         default=None, description="Fit what stays to what was there, by least squares."
     )

@@ -25,10 +25,10 @@ C. H. Martin, M. W. Mahoney, “Implicit Self-Regularization in Deep Neural Netw
 >>> import torch
 >>> generator = torch.Generator().manual_seed(0)
 >>> tail = torch.rand(400, generator=generator).pow(-1 / 3)  # λ = σ² has exponent 2.5
->>> for finding in power_law(torch.diag(tail)).values():
-...     print(finding)
+>>> found = power_law(torch.diag(tail))
+>>> print(found["alpha_ks"])
 alpha_ks: 2.489 ± 0.15 (n = 399)
-ks_distance: 0.02361 (n = 399)
+>>> print(found["tail_size"])
 tail_size: 399 (n = 399)
 """
 
