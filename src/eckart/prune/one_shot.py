@@ -404,38 +404,24 @@ def _by_kfac(
     return prune_kfac(costs, keep, rule, progress=progress)
 
 
-def _by_sparsegpt(
-    maps: Mapping[str, _Map],
-    keep: float,
-    shares: Mapping[str, float],
-    rule: Pattern,
-    allocation: str,
-    progress: Progress,
-) -> _Pruned:
-    if allocation == "loss":
-        shares = loss_shares({name: each.cost for name, each in maps.items()}, keep)
-    found = {}
-    for index, (name, each) in enumerate(maps.items()):
-        progress("prune", index, len(maps))
-        found[name] = sparsegpt(each.weight, _raw(each), shares[name], rule)
-    return found
+def _map_by_map(prune_one: Callable[[_Map, float, Pattern], tuple[Tensor, Tensor]]) -> Callable[..., _Pruned]:
+    def prune(
+        maps: Mapping[str, _Map],
+        keep: float,
+        shares: Mapping[str, float],
+        rule: Pattern,
+        allocation: str,
+        progress: Progress,
+    ) -> _Pruned:
+        if allocation == "loss":
+            shares = loss_shares({name: each.cost for name, each in maps.items()}, keep)
+        found = {}
+        for index, (name, each) in enumerate(maps.items()):
+            progress("prune", index, len(maps))
+            found[name] = prune_one(each, shares[name], rule)
+        return found
 
-
-def _by_alps(
-    maps: Mapping[str, _Map],
-    keep: float,
-    shares: Mapping[str, float],
-    rule: Pattern,
-    allocation: str,
-    progress: Progress,
-) -> _Pruned:
-    if allocation == "loss":
-        shares = loss_shares({name: each.cost for name, each in maps.items()}, keep)
-    found = {}
-    for index, (name, each) in enumerate(maps.items()):
-        progress("prune", index, len(maps))
-        found[name] = alps(each.weight, each.cost.second, shares[name], rule, gradient=each.gradient)
-    return found
+    return prune
 
 
 def _by_scores(score: Callable[[_Map], Tensor]) -> Callable[..., _Pruned]:
@@ -461,8 +447,8 @@ def _by_scores(score: Callable[[_Map], Tensor]) -> Callable[..., _Pruned]:
 
 _METHODS: dict[str, Callable[..., _Pruned]] = {
     "kfac": _by_kfac,
-    "alps": _by_alps,
-    "sparsegpt": _by_sparsegpt,
+    "alps": _map_by_map(lambda m, share, rule: alps(m.weight, m.cost.second, share, rule, gradient=m.gradient)),
+    "sparsegpt": _map_by_map(lambda m, share, rule: sparsegpt(m.weight, _raw(m), share, rule)),
     "wanda": _by_scores(lambda each: wanda_scores(each.weight, _raw(each))),
     "magnitude": _by_scores(lambda each: each.weight.abs()),
 }

@@ -52,7 +52,7 @@ from eckart.evidence import learned_problem
 from eckart.forms import Dense
 from eckart.linalg.exact import as_float64
 from eckart.moments import SiteMoments
-from eckart.prune.patterns import Pattern, parse_pattern
+from eckart.prune.patterns import parse_pattern
 from eckart.records import Claim, Paper, Technique, Verdict
 
 ITERATIONS = 20
@@ -280,14 +280,6 @@ def pruned_rise(
             bias = corrected_bias(W, S, bias, mean)
         forms[name] = Dense(S, bias=bias)
     return problem.rise(forms)
-
-
-def scored_masks(
-    scores: Mapping[str, Tensor], keep: float | None, pattern: str | Pattern = "unstructured"
-) -> dict[str, Tensor]:
-    """The same share in every map."""
-    rule = parse_pattern(pattern)
-    return {name: rule.mask(score, keep) for name, score in scores.items()}
 
 
 def _run_claim() -> Verdict:
