@@ -119,3 +119,17 @@ def test_stochastic_rounding_of_what_needs_none() -> None:
     for X, dtype in ((torch.ones(2), torch.float16), (torch.ones(2, dtype=torch.int64), torch.bfloat16)):
         with pytest.raises(InputError, match="round_stochastically"):
             round_stochastically(X, dtype)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_parts_of_large_tensors_are_packed_alike(bits: int, signed: bool) -> None:
+    X = gaussian(300, 7, 100).transpose(0, 2)  # more than is worked on at once, and not contiguous
+    X = X if signed else X.square()
+    codes, scales = pack(X, bits=bits, signed=signed, block=64)
+    back = unpack(codes, scales, bits=bits, signed=signed, block=64)
+    for i in (0, 41, 99):
+        alone = pack(X[i], bits=bits, signed=signed, block=64)
+        assert torch.equal(codes[i], alone[0])
+        assert torch.equal(scales[i], alone[1])
+        assert torch.equal(back[i], unpack(*alone, bits=bits, signed=signed, block=64))

@@ -49,6 +49,13 @@ def test_the_verdict_has_sizes_quality_interval_and_speed() -> None:
     assert text.endswith("at batch 32 it is 1.50× as fast.")
 
 
+def test_the_verdict_speaks_of_bytes_where_bits_or_zeros_save_them() -> None:
+    fewer = replace(OUTCOME.sites_after, bytes=OUTCOME.sites_before.bytes // 5)
+    text = words(replace(OUTCOME, sites_after=fewer), None, "M")
+    assert text.startswith("M keeps 20.0 % of the bytes of 36 layers")
+    assert "MB as a whole" in text
+
+
 def test_the_verdict_says_what_was_not_measured() -> None:
     assert words(OUTCOME, None, "M").endswith(", which was not measured.")
     assert words(replace(OUTCOME, predicted_loss=None), None, "M").endswith("its quality was not measured.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -9,6 +11,7 @@ from torch.nn.functional import pad
 from eckart.errors import InputError
 
 TINY = torch.finfo(torch.float32).tiny
+CACHED_ENTRIES = 2**16
 
 
 def pack(
@@ -37,25 +40,13 @@ def pack(
             f"pack: expected floating point numbers, an even last dimension for 4 bits; "
             f"got {tuple(X.shape)}, {X.dtype}."
         )
-    n, top = X.shape[-1], _top(bits, signed)
-    blocks = _blocks(X.float(), block)
-    scales = torch.linalg.vector_norm(blocks, float("inf"), -1, keepdim=True)
-    inverse = torch.where(scales < TINY, 0.0, 1 / scales)  # 1/s of what is smaller overflows
-    share = blocks if signed else blocks * inverse
-    codes = blocks * (inverse * top) if signed else share.clamp_min(0).sqrt_().sqrt_().mul_(top)
-    if generator is None:
-        codes.round_()
-    else:
-        low = codes.floor()
-        chance = codes - low if signed else (share - (low / top) ** 4) / (((low + 1) / top) ** 4 - (low / top) ** 4)
-        codes = low + (torch.rand(codes.shape, generator=generator, device=X.device) < chance)
-    if not signed:
-        codes = torch.where(share > 0, codes.clamp_(1, top), 0.0)
-    stored = codes.flatten(-2)[..., :n].to(torch.int8 if signed else torch.uint8)
-    if bits == 4:
-        nibbles = (stored + 8 if signed else stored).to(torch.uint8)
-        stored = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
-    return stored, scales.squeeze(-1)
+    n = X.shape[-1]
+    width, groups = (n + 1) // 2 if bits == 4 else n, 1 if block is None else max(1, -(-n // block))
+    codes = X.new_empty(*X.shape[:-1], width, dtype=torch.int8 if signed and bits == 8 else torch.uint8)
+    scales = X.new_empty(*X.shape[:-1], groups, dtype=torch.float32)
+    for part, of_codes, of_scales in _by_parts(X, codes, scales):
+        _pack_into(of_codes, of_scales, part.float(), bits, signed, block, generator)
+    return codes, scales
 
 
 def unpack(
@@ -68,18 +59,11 @@ def unpack(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """What :func:`pack` stored, in ``dtype``; the options have to be those of the call to it."""
-    if bits == 4:
-        whole = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.float32)
-        whole = whole - 8 if signed else whole
-    else:
-        whole = codes.to(torch.float32)
-    n, top = whole.shape[-1], _top(bits, signed)
-    blocks = _blocks(whole, block)
-    if signed:
-        values = blocks * (scales / top).unsqueeze(-1)
-    else:
-        values = (blocks / top).square().square() * scales.unsqueeze(-1)
-    return values.flatten(-2)[..., :n].to(dtype)
+    n = codes.shape[-1] * (2 if bits == 4 else 1)
+    out = codes.new_empty(*codes.shape[:-1], n, dtype=dtype)
+    for of_codes, of_scales, part in _by_parts(codes, scales, out):
+        part.copy_(_unpacked(of_codes, of_scales, bits, signed, block))
+    return out
 
 
 def round_stochastically(
@@ -103,6 +87,62 @@ def round_stochastically(
     noise = words.view(torch.int16)[: exact.numel()].to(torch.int32).bitwise_and_(0xFFFF).view(exact.shape)
     rounded = noise.add_(exact.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
     return torch.where(exact.isfinite(), rounded, exact).to(dtype)
+
+
+def _by_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Rows along the last dimension, so few at a time on a CPU that what is computed from them stays in its cache."""
+    entries = max(T.numel() for T in tensors)
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or entries <= CACHED_ENTRIES:
+        return [tensors]
+    rows = max(1, CACHED_ENTRIES // max(T.shape[-1] for T in tensors))
+    return zip(*(T.reshape(-1, T.shape[-1]).split(rows) for T in tensors), strict=True)
+
+
+def _pack_into(
+    codes: Tensor,
+    scales: Tensor,
+    X: Tensor,
+    bits: int,
+    signed: bool,
+    block: int | None,
+    generator: torch.Generator | None,
+) -> None:
+    n, top = X.shape[-1], _top(bits, signed)
+    blocks = _blocks(X, block)
+    peaks = torch.linalg.vector_norm(blocks, float("inf"), -1, keepdim=True)
+    scales.copy_(peaks.squeeze(-1))
+    inverse = torch.where(peaks < TINY, 0.0, 1 / peaks)  # 1/s of what is smaller overflows
+    share = blocks if signed else blocks * inverse
+    levels = blocks * (inverse * top) if signed else share.clamp_min(0).sqrt_().sqrt_().mul_(top)
+    if generator is None:
+        levels.round_()
+    else:
+        low = levels.floor()
+        chance = levels - low if signed else (share - (low / top) ** 4) / (((low + 1) / top) ** 4 - (low / top) ** 4)
+        levels = low + (torch.rand(levels.shape, generator=generator, device=X.device) < chance)
+    if not signed:
+        levels = torch.where(share > 0, levels.clamp_(1, top), 0.0)
+    whole = levels.flatten(-2)[..., :n]
+    if bits == 8:
+        codes.copy_(whole)
+        return
+    nibbles = (whole + 8 if signed else whole).to(torch.uint8)
+    codes.copy_(nibbles[..., ::2] | (nibbles[..., 1::2] << 4))
+
+
+def _unpacked(codes: Tensor, scales: Tensor, bits: int, signed: bool, block: int | None) -> Tensor:
+    if bits == 4:
+        whole = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).to(torch.float32)
+        whole = whole - 8 if signed else whole
+    else:
+        whole = codes.to(torch.float32)
+    n, top = whole.shape[-1], _top(bits, signed)
+    blocks = _blocks(whole, block)
+    if signed:
+        values = blocks * (scales / top).unsqueeze(-1)
+    else:
+        values = (blocks / top).square_().square_().mul_(scales.unsqueeze(-1))
+    return values.flatten(-2)[..., :n]
 
 
 def _top(bits: int, signed: bool) -> int:

@@ -70,7 +70,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Picked:
-    """Directions of the identity: the rows ``index`` (batch, r) of X, in rising order."""
+    """Directions of the identity: the rows ``index`` (batch, r) of X, each once."""
 
     index: Tensor
     d: int
@@ -196,7 +196,7 @@ class Rows(Subspaced):
     kind: ClassVar[HeldKind] = "index"
 
     def fit(self, X: Tensor, held: Tensor | None, rank: int, seeds: list[int], layout: Layout) -> Fitted:
-        return Fitted(_largest(square_sums(X, layout), rank))
+        return Fitted(_seated(_largest(square_sums(X, layout), rank), held, X.shape[-2]))
 
     def basis(self, held: Tensor, d: int, rank: int, like: Tensor, dtype: torch.dtype) -> Basis:
         return Picked(held, d)
@@ -215,7 +215,7 @@ class DCT(Subspaced):
         lying = along_memory(X)  # (batch, k, d), where the transform is fastest
         S = dct(lying, overwrite=lying.data_ptr() != X.data_ptr())
         sums = square_sums(S.mT, layout) if self.norm == "l2" else absolute_sums(S.mT, layout)
-        index = _largest(sums, rank)
+        index = _seated(_largest(sums, rank), held, X.shape[-2])
         if len(S) == 1:
             low = S[0].index_select(1, index[0]).unsqueeze(0)
         else:
@@ -282,15 +282,11 @@ def span_step(X: Tensor, Q: Tensor, layout: Layout) -> Tensor:
 
 
 def carried(M: Tensor, unsigned: bool, old: Tensor, new: Tensor, carry: Carry, kind: HeldKind) -> Tensor:
-    """The moments M (batch, r, k) of an old basis as those of a new one, see ``Subspaced.carry``."""
+    """The moments M (batch, r, k) of an old basis as those of a new one, see ``Subspaced.carry``; in place or anew."""
     if carry == "keep":
         return M
-    if kind == "index":
-        old, new = old.long(), new.long()
-        at = torch.searchsorted(old, new).clamp_max_(old.shape[-1] - 1)
-        stays = old.gather(-1, at) == new
-        found = Picked(at, M.shape[1]).down(M)
-        return found.mul_(stays.unsqueeze(-1))
+    if kind == "index":  # what stays kept its place
+        return M.mul_((old == new).unsqueeze(-1))
     if carry == "restart":
         return torch.zeros_like(M)
     R = new.to(M.dtype).mT @ old.to(M.dtype)
@@ -307,7 +303,23 @@ def _leading(A: Tensor, rank: int) -> Tensor:
 
 def _largest(sums: Tensor, rank: int) -> Tensor:
     """(batch, r), rising."""
-    return sums.topk(rank, dim=-1).indices.sort(dim=-1).values.int()
+    return sums.topk(rank, dim=-1).indices.sort(dim=-1).values
+
+
+def _seated(picked: Tensor, held: Tensor | None, d: int) -> Tensor:
+    """The indices ``picked`` (batch, r) of [0, d), those that were held before in their old places: int32.
+
+    Newcomers take the free places, both in rising order.
+    """
+    if held is None:
+        return picked.int()
+    old = held.long()
+    among = torch.zeros(len(picked), d, dtype=torch.bool, device=picked.device).scatter_(1, picked, True)
+    stays = among.gather(1, old)
+    among.scatter_(1, old, False)
+    newcomers = torch.where(among.gather(1, picked), picked, d).sort(dim=-1).values
+    seat = (~stays).cumsum(-1).sub_(1).clamp_min_(0)
+    return torch.where(stays, old, newcomers.gather(1, seat)).int()
 
 
 def _normal(d: int, r: int, seeds: list[int], like: Tensor) -> Tensor:

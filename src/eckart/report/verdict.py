@@ -123,17 +123,22 @@ def kept(layer: LayerOutcome) -> float:
 def verdict(outcome: Outcome, evaluation: Evaluation | None, title: str) -> tuple[tuple[str, bool], ...]:
     """The run in one sentence, as pieces (text, whether it is one of the numbers that matter)."""
     total, dense = len(outcome.layers), sum(layer.form == "dense" for layer in outcome.layers)
-    before, after = outcome.model_before.parameters, outcome.model_after.parameters
+    before, after = outcome.sites_before, outcome.sites_after
+    parameters = after.parameters / max(1, before.parameters)
+    share = after.bytes / max(1, before.bytes)
+    in_bytes = share < 0.99 * parameters  # numbers of fewer bits, or zeros that are not stored
+    whole = outcome.model_before, outcome.model_after
+    sizes = [fmt.human_bytes(one.bytes) if in_bytes else fmt.count(one.parameters) for one in whole]
     pieces: list[tuple[str, bool]] = [
         (f"{title} keeps ", False),
-        (fmt.share(outcome.sites_after.parameters / max(1, outcome.sites_before.parameters)), True),
-        (f" of the parameters of {total} layer{'' if total == 1 else 's'}", False),
+        (fmt.share(share if in_bytes else parameters), True),
+        (f" of the {'bytes' if in_bytes else 'parameters'} of {total} layer{'' if total == 1 else 's'}", False),
         (f" ({dense} of them kept dense)" if dense else "", False),
         (" and goes from ", False),
-        (fmt.count(before), True),
+        (sizes[0], True),
         (" to ", False),
-        (fmt.count(after), True),
-        (" parameters as a whole", False),
+        (sizes[1], True),
+        (" as a whole" if in_bytes else " parameters as a whole", False),
     ]
     found = headline(evaluation) if evaluation else None
     if evaluation and found:
