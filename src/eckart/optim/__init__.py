@@ -23,6 +23,7 @@ from eckart.optim.frugal import Frugal
 from eckart.optim.galore import GaLore
 from eckart.optim.guards import GUARDS, Clip, Growth, Radial, Rms
 from eckart.optim.lanczos_rates import LanczosRates, batch_scaled_rate, lanczos_rates, operator_rates
+from eckart.optim.matrices import SCALES
 from eckart.optim.mfac import MFAC
 from eckart.optim.muon import Muon
 from eckart.optim.report import LayerReport, Report
@@ -42,7 +43,7 @@ from eckart.optim.rules import (
 )
 from eckart.optim.scaling import SCALING_RULES, ScalingRule, layerwise_scaling, match_top_singular_values
 from eckart.optim.sgdp import SGDP
-from eckart.optim.subspace import SCALES, Subspace
+from eckart.optim.subspace import Subspace
 from eckart.optim.subspaces import DCT, SUBSPACES, SVD, Gaussian, Power, Randomized, Rows
 from eckart.optim.table import OPTIMIZERS
 from eckart.optim.trion import Trion
