@@ -16,7 +16,7 @@ from eckart.optim.guards import Guard
 from eckart.optim.layout import Layout, local, mean_square
 from eckart.optim.memory import Memory
 from eckart.optim.report import LayerReport, name_in, top_singular_value
-from eckart.optim.residuals import Drop, Residual
+from eckart.optim.residuals import Drop, Residual, Seen
 from eckart.optim.rules import Rule, product_of, work_of
 from eckart.optim.sharded import Gathered, write_back
 from eckart.optim.subspaces import Basis, Subspaced, carried
@@ -207,7 +207,7 @@ def update_of(bucket: Bucket) -> Update:
     step = U
     if basis is not None and (parts.guards or not isinstance(residual, Drop)):
         last = _last(memory, "residual_norm", batch, G) if residual.limited else None
-        step = residual.update(X, inside, basis, low, U, last, layout)
+        step = residual.update(Seen(X, inside, basis, low, U), last, layout)
         if last is not None:
             memory.write("residual_norm", last, "fp32")
         basis = None

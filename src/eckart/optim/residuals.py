@@ -16,25 +16,30 @@ TINY = 1e-8
 """Added to norms that are divided by, as the released code of Fira and APOLLO does."""
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A step in a subspace, before what lies outside is seen to."""
+
+    X: Tensor
+    """(batch, d, k)."""
+    inside: Tensor | None
+    """Q Qᵀ X, for residuals with ``needs_inside``."""
+    basis: Basis
+    low: Tensor
+    """Qᵀ X (batch, r, k)."""
+    U: Tensor
+    """What the rule made of that."""
+
+
 class Residual(Protocol):
     limited: ClassVar[bool]
     """Whether it remembers the size of its last update."""
     needs_inside: ClassVar[bool]
 
-    def update(
-        self,
-        X: Tensor,
-        inside: Tensor | None,
-        basis: Basis,
-        low: Tensor,
-        U: Tensor,
-        last: Tensor | None,
-        layout: Layout,
-    ) -> Tensor:
-        """The update (batch, d, k), a new tensor, from X, Qᵀ X ``low`` and what the rule made of that, U.
+    def update(self, seen: Seen, last: Tensor | None, layout: Layout) -> Tensor:
+        """The update (batch, d, k), a new tensor.
 
-        ``inside``: Q Qᵀ X, for those with ``needs_inside``. ``last`` (batch, 1, 1) is the size of the last residual, 0
-        before there is one; it is overwritten.
+        ``last`` (batch, 1, 1) is the size of the last residual, 0 before there is one; it is overwritten.
         """
         ...
 
@@ -48,17 +53,8 @@ class Drop:
     limited: ClassVar[bool] = False
     needs_inside: ClassVar[bool] = False
 
-    def update(
-        self,
-        X: Tensor,
-        inside: Tensor | None,
-        basis: Basis,
-        low: Tensor,
-        U: Tensor,
-        last: Tensor | None,
-        layout: Layout,
-    ) -> Tensor:
-        return basis.up(U)
+    def update(self, seen: Seen, last: Tensor | None, layout: Layout) -> Tensor:
+        return seen.basis.up(seen.U)
 
     def faults(self) -> list[str]:
         return []
@@ -72,18 +68,9 @@ class SignResidual:
     limited: ClassVar[bool] = False
     needs_inside: ClassVar[bool] = True
 
-    def update(
-        self,
-        X: Tensor,
-        inside: Tensor | None,
-        basis: Basis,
-        low: Tensor,
-        U: Tensor,
-        last: Tensor | None,
-        layout: Layout,
-    ) -> Tensor:
-        assert inside is not None
-        return basis.up(U).add_((X - inside).sign_(), alpha=self.scale)
+    def update(self, seen: Seen, last: Tensor | None, layout: Layout) -> Tensor:
+        assert seen.inside is not None
+        return seen.basis.up(seen.U).add_((seen.X - seen.inside).sign_(), alpha=self.scale)
 
     def faults(self) -> list[str]:
         return number_fault("residual_scale", self.scale, 0)
@@ -100,21 +87,12 @@ class ScaledResidual:
     limited: ClassVar[bool] = True
     needs_inside: ClassVar[bool] = True
 
-    def update(
-        self,
-        X: Tensor,
-        inside: Tensor | None,
-        basis: Basis,
-        low: Tensor,
-        U: Tensor,
-        last: Tensor | None,
-        layout: Layout,
-    ) -> Tensor:
-        assert inside is not None
-        rest = (X - inside).mul_(channel_norms(U) / (channel_norms(low) + TINY))
+    def update(self, seen: Seen, last: Tensor | None, layout: Layout) -> Tensor:
+        assert seen.inside is not None
+        rest = (seen.X - seen.inside).mul_(channel_norms(seen.U) / (channel_norms(seen.low) + TINY))
         if self.growth and last is not None:
             limit_growth(rest, last, self.growth, layout)
-        return basis.up(U).add_(rest)
+        return seen.basis.up(seen.U).add_(rest)
 
     def faults(self) -> list[str]:
         return number_fault("residual_growth", self.growth, 0)
@@ -128,19 +106,10 @@ class ChannelResidual:
     limited: ClassVar[bool] = False
     needs_inside: ClassVar[bool] = False
 
-    def update(
-        self,
-        X: Tensor,
-        inside: Tensor | None,
-        basis: Basis,
-        low: Tensor,
-        U: Tensor,
-        last: Tensor | None,
-        layout: Layout,
-    ) -> Tensor:
+    def update(self, seen: Seen, last: Tensor | None, layout: Layout) -> Tensor:
         if self.per == "channel":
-            return X * (channel_norms(U) / (channel_norms(low) + TINY))
-        return X * (frobenius(U, layout) / (frobenius(low, layout) + TINY))
+            return seen.X * (channel_norms(seen.U) / (channel_norms(seen.low) + TINY))
+        return seen.X * (frobenius(seen.U, layout) / (frobenius(seen.low, layout) + TINY))
 
     def faults(self) -> list[str]:
         wrong = self.per not in ("channel", "tensor")
