@@ -130,9 +130,7 @@ def interleaved(shape: tuple[int, int], rank: int, ways: dict[str, Make]) -> dic
     made |= {name: make([parameter(shape)], rank) for name, make in ways.items()}
     times: dict[str, list[float]] = {name: [] for name in made}
     first = {name: timed(optimizer) for name, optimizer in made.items()}
-    rounds = {
-        name: (QUICK_ROUNDS if taken < QUICK else ROUNDS) if taken < 5 else 0 for name, taken in first.items()
-    }
+    rounds = {name: (QUICK_ROUNDS if taken < QUICK else ROUNDS) if taken < 5 else 0 for name, taken in first.items()}
     for name, taken in first.items():
         times[name] = [taken] if taken >= 5 else []
     for done in range(QUICK_ROUNDS):

@@ -67,8 +67,9 @@ TIGHT: dict[str, dict[str, Any]] = {
 NEURONS: dict[str, dict[str, Any]] = {
     "brain surgery, not refitted": {"refit": False},
     "brain surgery + refit (default)": {},
+    "the same, calibrated on 1,024 texts": {"texts": 1024},
 }
-"""Half of the MLP neurons of every layer; attention stays dense."""
+"""Half of the MLP neurons of every layer; attention stays dense. The causal LM has one calibration."""
 
 
 def docstring_pairs(part: str, texts: int) -> list[str]:
@@ -133,8 +134,12 @@ class Trial:
 
     def narrow(self, options: dict[str, Any]) -> dict[str, Any]:
         """The same for a share of the MLP neurons; kept and bytes are those of the MLPs' maps."""
+        options = dict(options)
+        moments, texts = self.moments, options.pop("texts", None)
+        if texts:
+            moments = eckart.calibrate(self.base, docstring_pairs("calibration", texts), samples=texts)
         start = time.thread_time()
-        pruned = eckart.prune_model(self.base, moments=self.moments, pattern="neurons", **options)
+        pruned = eckart.prune_model(self.base, moments=moments, pattern="neurons", **options)
         seconds = time.thread_time() - start
         before, after = pruned.outcome.sites_before, pruned.outcome.sites_after
         return {
@@ -172,7 +177,11 @@ def run(kind: str, folder: Path, rows: list[str], groups: list[str], missing: bo
     }
     wanted = [(f"{keep:g}", row, {"keep": keep, **options}) for keep in KEEPS for row, options in FREE.items()]
     wanted += [("2:4", row, {"pattern": "2:4", **options}) for row, options in TIGHT.items()]
-    wanted += [("neurons", row, {"keep": 0.5, **options}) for row, options in NEURONS.items()]
+    wanted += [
+        ("neurons", row, {"keep": 0.5, **options})
+        for row, options in NEURONS.items()
+        if kind == "minilm" or "texts" not in options
+    ]
     for group, row, options in wanted:
         if (rows and not row.startswith(tuple(rows))) or (groups and group not in groups):
             continue
