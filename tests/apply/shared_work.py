@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from eckart.apply import PreparedSite, prepare_sites
 from eckart.compression import get_method, options_for
 from eckart.moments import Moments, collect
 from eckart.records import Site
+from fresh_python import Fresh
 
 SIZES = ((16, 20), (20, 12), (12, 12), (12, 18), (18, 6))
 SITES = tuple(
@@ -57,30 +57,24 @@ def assert_same(one: Mapping[str, PreparedSite], two: Mapping[str, PreparedSite]
                 assert (a is None and b is None) or torch.equal(a, b), field
 
 
-def start(script: str, *arguments: object, processes: int = 1, **environment: object) -> list[subprocess.Popen[str]]:
+def start(script: str, *arguments: object, processes: int = 1, **environment: object) -> list[Fresh]:
     """Processes that run ``script``, as a group where there are several, without torchrun to end them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    prelude = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    here = Path(__file__).parent
+    prelude = f"import sys; sys.path[:0] = [{str(here)!r}, {str(here.parent)!r}]\n"
     started = []
     for rank in range(processes):
         group = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         own = {**(group if processes > 1 else {}), "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": "", **environment}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", prelude + script, *map(str, arguments)],
-                env={**os.environ, **{name: str(value) for name, value in own.items()}},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        env = {**os.environ, **{name: str(value) for name, value in own.items()}}
+        started.append(Fresh(prelude + script, *arguments, env=env))
     return started
 
 
-def finished(started: Sequence[subprocess.Popen[str]], timeout: float = 60.0) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each; those that stay long after the first has ended are killed."""
+def finished(started: Sequence[Fresh], timeout: float = 60.0, after: float = 10.0) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each; those that stay ``after`` the first has ended are killed."""
     found = []
     for process in started:
         try:
@@ -88,6 +82,6 @@ def finished(started: Sequence[subprocess.Popen[str]], timeout: float = 60.0) ->
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
-        timeout = 10.0
+        timeout = after
         found.append((process.returncode, out, err))
     return found

@@ -130,7 +130,9 @@ def test_two_processes_have_the_results_of_one():
     ],
 )
 def test_the_others_fail_soon_and_say_why(what, says):
-    (code, out, err), (other, second, _) = finished(start(TROUBLE, what, processes=2, ECKART_TIMEOUT=4), timeout=40)
+    started = start(TROUBLE, what, processes=2, ECKART_TIMEOUT=4)
+    after = 1.0 if what == "sleep" else 10.0
+    (code, out, err), (other, second, _) = finished(started, timeout=40, after=after)
     assert code == 3, err[-3000:]
     assert says in out
     assert "Traceback" not in err

@@ -68,7 +68,7 @@ def test_decompositions_through_a_folder_are_the_same(tmp_path):
 def test_two_workers_of_which_one_is_killed_while_it_holds_a_job(tmp_path):
     (victim,) = start(WORKER, tmp_path, 1.0, 1)
     try:
-        assert victim.stdout.readline() == "held\n"
+        assert victim.line() == "held"
         (claim,) = tmp_path.glob("*/*.claim")
         assert f"process {victim.pid} " in claim.read_text()
     finally:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from cli_stand_ins import Ran
 
+import fresh_python
+
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -21,12 +23,16 @@ import torch  # noqa: E402
 from eckart.moments import Moments  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "110"}
+COMMAND = fresh_python.RUN_MODULE.format(name="eckart")
 
 
 def eckart(*arguments: object, launcher: tuple[str, ...] = ()) -> Ran:
-    modules = [*launcher, "-m", "eckart"] if launcher else ["eckart"]
-    command = [sys.executable, "-m", *modules, *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    """The command in a process of its own, or in those that the launcher starts."""
+    if launcher:
+        command = [sys.executable, "-m", *launcher, "-m", "eckart", *map(str, arguments)]
+        ran = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    else:
+        ran = fresh_python.run(COMMAND, *arguments, env=ENVIRONMENT)
     return Ran(ran.returncode, ran.stdout, ran.stderr)
 
 

@@ -17,7 +17,10 @@ tokenizers = pytest.importorskip("tokenizers")
 
 import torch  # noqa: E402
 
+from fresh_python import RUN_MODULE, Fresh  # noqa: E402
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "110"}
+COMMAND = RUN_MODULE.format(name="eckart")
 WORK = ".small.stream"
 
 
@@ -73,13 +76,21 @@ def start(folder: Path, place: Path) -> subprocess.Popen[str]:
     )
 
 
-def until(process: subprocess.Popen[str], file: Path) -> None:
+def until(process: subprocess.Popen[str] | Fresh, file: Path) -> None:
     """Wait until the process has written a file."""
     end = time.monotonic() + 300
     while not file.exists():
-        assert process.poll() is None, process.communicate()
+        assert not ended(process), process.communicate()
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+def ended(process: subprocess.Popen[str] | Fresh) -> bool:
+    try:
+        process.wait(0)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -96,10 +107,9 @@ def test_sigkill_at_several_points_and_the_same_bytes(place, run, tmp_path, monk
     assert "saved to small" in ran.out
 
     for name in ("inputs-0003", "block-0003-002", "model/model-00003-of-00007"):
-        process = start(killed, place)
+        process = Fresh(COMMAND, *arguments(place), env=ENVIRONMENT, cwd=killed)
         until(process, killed / WORK / f"{name}.safetensors")
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.kill()
         assert process.returncode == -signal.SIGKILL
         assert [path.name for path in killed.iterdir() if not path.name.endswith(".lock")] == [WORK]
     monkeypatch.chdir(killed)

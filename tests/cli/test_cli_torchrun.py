@@ -13,7 +13,9 @@ import pytest
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
-from test_cli_end_to_end import ENVIRONMENT, eckart, llama, texts  # noqa: F401
+from test_cli_end_to_end import COMMAND, ENVIRONMENT, eckart, llama, texts  # noqa: F401
+
+from fresh_python import Fresh
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 SHORT = ("--samples", "30", "--length", "32", "--batch-size", "5")
@@ -54,16 +56,9 @@ def test_torchrun_gives_the_result_of_one_process(run, llama, texts, tmp_path): 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def started(rank: int, port: int, code: str | None, *arguments: object) -> subprocess.Popen[str]:
+def started(rank: int, port: int, code: str, *arguments: object) -> Fresh:
     group = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ECKART_TIMEOUT": 30}
-    how = ["-m", "eckart"] if code is None else ["-c", code]
-    return subprocess.Popen(
-        [sys.executable, *how, *map(str, arguments)],
-        env={**ENVIRONMENT, **{name: str(value) for name, value in group.items()}},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Fresh(code, *arguments, env={**ENVIRONMENT, **{name: str(value) for name, value in group.items()}})
 
 
 @pytest.mark.parametrize(
@@ -80,7 +75,7 @@ def test_a_process_that_dies_is_named_and_nothing_is_written(llama, texts, tmp_p
         port = free.getsockname()[1]
     command = ("compress", llama, "--data", texts, *SHORT, *KEEP, "-o", tmp_path / "small")
     dying = started(victim, port, LAST_WORDS.format(**where), *command)
-    living = started(1 - victim, port, None, *command)
+    living = started(1 - victim, port, COMMAND, *command)
     try:
         _, err = living.communicate(timeout=60)
         _, last = dying.communicate(timeout=60)
@@ -100,9 +95,7 @@ def test_workers_of_a_queue_share_the_work_and_one_writes(run, llama, texts, tmp
     ran = run("calibrate", llama, "--data", texts, *SHORT, "-o", moments)
     assert ran.code == 0, ran.err
     command = ("compress", llama, "--moments", moments, *KEEP)
-    shared = [sys.executable, "-m", "eckart", *map(str, (*command, "--queue", queue, "-o", small))]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    workers = [subprocess.Popen(shared, env=ENVIRONMENT, text=True, **pipes) for _ in range(2)]
+    workers = [Fresh(COMMAND, *command, "--queue", queue, "-o", small, env=ENVIRONMENT) for _ in range(2)]
     assert run(*command, "-o", plain).code == 0
     said = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said

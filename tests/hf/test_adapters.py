@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from eckart.layers.quantised import QuantisedLinear
 from eckart.linalg import round_groups
 from eckart.moments import Moments, collect
 from eckart.records import Budget
+from fresh_python import TRANSFORMERS, run
 
 HERE = Path(__file__).parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -221,9 +220,9 @@ def test_stock_peft_loads_the_copy_without_eckart(bases: Path, tmp_path: Path) -
         save_file({"outputs": outputs(model, kind, DTYPES[label])}, exports / folder.name / "expected.safetensors")
     eckart.AdapterConfig(method="pissa").save_pretrained(str(bare))
     folders = [str(folder) for folder in (HERE, exports, bases, bare)]
-    run = subprocess.run([sys.executable, "-c", STOCK, *folders], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    ran = run(STOCK, *folders, loaded=TRANSFORMERS)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    result = json.loads(ran.stdout.splitlines()[-1])
     assert not result["eckart"]
     assert "pip install eckart" in result["error"]
     assert len(result["off"]) == len(cases)
@@ -482,8 +481,8 @@ def test_a_broken_base_is_refused(llama: nn.Module) -> None:
 def test_registered_where_peft_came_first() -> None:
     """The other order is that of this file."""
     code = "import peft, eckart\nprint(peft.PeftType('ECKART').name)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.stdout.split()[-1:] == ["ECKART"], run.stderr[-2000:]
+    ran = run(code)
+    assert ran.stdout.split()[-1:] == ["ECKART"], ran.stderr[-2000:]
 
 
 def test_fingerprint_of_the_base_does_not_change(llama: nn.Module) -> None:

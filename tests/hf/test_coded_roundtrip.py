@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers as tf
-from factored_tiny_models import build, inputs, output
+from factored_tiny_models import TEXT, build, inputs, output
 from torch import nn
 
 import eckart  # noqa: F401
@@ -23,6 +21,7 @@ from eckart.hf.registry import prepare_for_saving
 from eckart.hf.remote_code import export_dense, export_remote_code
 from eckart.layers import FACTORED, GroupSparseInt4, LR2VQConv2d, LR2VQLinear, SNNKLinear, describe
 from eckart.training import TRAINING, bundle, group_sparsify, quantise_vectors
+from fresh_python import TRANSFORMERS, run
 
 PLAIN = {
     "trp": "its layers are those of a low-rank model, which other tests save",
@@ -147,10 +146,10 @@ def test_without_eckart_nothing_is_made_up(method, tmp_path) -> None:
     prepare_for_saving(model)
     model.save_pretrained(tmp_path)
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ran = run(code, loaded=TRANSFORMERS)
     assert ran.returncode != 0
     assert "size mismatch" in ran.stderr or "mismatch" in ran.stderr
-    ran = subprocess.run([sys.executable, "-c", f"import eckart; {code}"], capture_output=True, text=True)
+    ran = run(f"import eckart; {code}")
     assert ran.returncode == 0, ran.stderr
 
 
@@ -184,9 +183,10 @@ def test_exports(tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", FORMS)
-def test_in_onnxruntime(method, tmp_path) -> None:
+def test_in_onnxruntime(method, tmp_path, monkeypatch) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(TEXT, "num_hidden_layers", 1)  # the exporter takes ten seconds a block
     model = made(method, "llama")
     prepare_for_saving(model)
     model.save_pretrained(tmp_path / "in")

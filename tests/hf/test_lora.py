@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from eckart.hf.lora_layers import LoraOnFactors, register
 from eckart.layers import FactoredLinear, PivotedLinear
 from eckart.layers.quantised import QuantisedLinear
 from eckart.linalg import round_groups
+from fresh_python import run
 
 peft = pytest.importorskip("peft")
 
@@ -117,5 +116,5 @@ def test_other_layers_are_left_to_peft_and_registering_twice_changes_nothing(mod
 def test_importing_the_repair_first_is_no_circle() -> None:
     """Importing peft registers Eckart's adapters, whatever is being imported at that moment."""
     for code in ("import eckart.hf.lora", "import peft, eckart.hf.lora", "import eckart, peft, eckart.hf.lora"):
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        ran = run(code)
         assert ran.returncode == 0, ran.stderr

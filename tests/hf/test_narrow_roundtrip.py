@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from eckart.arch import find_sites, find_units, model_size
 from eckart.errors import BudgetError, InputError
 from eckart.layers import is_factored, is_narrowed
 from eckart.records import Budget
+from fresh_python import TRANSFORMERS, run
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "vit")
 WAYS: dict[str, dict[str, Any]] = {
@@ -87,7 +86,7 @@ def test_the_bytes_of_a_plan_are_those_of_the_file(share: float, tmp_path: Path)
 def test_without_eckart_a_narrow_folder_fails_loudly(tmp_path: Path) -> None:
     eckart.save(compressed("bert", **WAYS["modules"]), tmp_path / "small")
     script = f"import transformers; transformers.AutoModelForMaskedLM.from_pretrained({str(tmp_path / 'small')!r})"
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    ran = run(script, loaded=TRANSFORMERS)
     assert ran.returncode != 0
     assert "eckart" in ran.stderr
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 
 import factored_tiny_models as tiny
 import pytest
@@ -19,6 +17,7 @@ from eckart.errors import EckartError, InputError
 from eckart.hf import native
 from eckart.hf.registry import prepare_for_saving
 from eckart.layers import describe, narrow_layer
+from fresh_python import TRANSFORMERS, run
 
 TEXT = tiny.TEXT
 MODELS = {
@@ -338,9 +337,7 @@ def test_exported_folders_need_no_eckart(narrowed, tmp_path):
         native.export_native(source, tmp_path / name)
         save_file({"out": tiny.output(model)}, tmp_path / f"{name}.want.st")
         save_file({k: v.contiguous() for k, v in tiny.inputs(model).items()}, tmp_path / f"{name}.inputs.st")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path), *names], capture_output=True, text=True, check=False
-    )
+    done = run(LOAD, tmp_path, *names, loaded=TRANSFORMERS)
     assert done.stdout.split() == [word for name in names for word in ("EQUAL", name)], done.stderr
 
 

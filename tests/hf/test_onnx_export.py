@@ -191,8 +191,24 @@ def sentences(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(sentences, tmp_path_factory):
-    return export_onnx(sentences, tmp_path_factory.mktemp("exports") / "float")
+def translated(sentences):
+    """What torch's exporter makes of that model, for tests of what comes afterwards: it takes seconds."""
+    made = []
+    translate = export_module._translate
+
+    def once(loaded, graph, batch, opset):
+        assert (loaded.path, opset) == (sentences, None)
+        made.extend([] if made else [translate(loaded, graph, batch, opset)])
+        return made[0]
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def exported(sentences, translated, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_module, "_translate", translated)
+        return export_onnx(sentences, tmp_path_factory.mktemp("exports") / "float")
 
 
 def test_sentence_models_pool_in_the_graph(sentences, exported):
@@ -226,7 +242,8 @@ def test_opset_is_what_was_asked_for(sentences, exported, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [export_module.LARGEST_FILE, 0])
-def test_int8_has_a_scale_per_channel(sentences, exported, tmp_path, monkeypatch, limit):
+def test_int8_has_a_scale_per_channel(sentences, exported, translated, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(export_module, "_translate", translated)
     monkeypatch.setattr(export_module, "LARGEST_FILE", limit)
     out = export_onnx(sentences, tmp_path / "out", quantise="int8")
     said = note(out)
@@ -246,7 +263,8 @@ def test_int8_has_a_scale_per_channel(sentences, exported, tmp_path, monkeypatch
     assert {path.name for path in out.iterdir()} - {"model.onnx.data"} == {path.name for path in exported.iterdir()}
 
 
-def test_large_weights_lie_beside_the_graph(sentences, exported, tmp_path, monkeypatch):
+def test_large_weights_lie_beside_the_graph(sentences, exported, translated, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "_translate", translated)
     monkeypatch.setattr(export_module, "LARGEST_FILE", 0)
     out = export_onnx(sentences, tmp_path / "out")
     assert (out / "model.onnx.data").stat().st_size > 30_000
@@ -255,7 +273,8 @@ def test_large_weights_lie_beside_the_graph(sentences, exported, tmp_path, monke
     np.testing.assert_array_equal(here["sentence_embedding"], there["sentence_embedding"])
 
 
-def test_above_the_tolerance_nothing_is_left(sentences, tmp_path):
+def test_above_the_tolerance_nothing_is_left(sentences, translated, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "_translate", translated)
     for quantise, tolerance in ((None, 1e-12), ("int8", 1e-3)):
         with pytest.raises(EckartError, match=f"differs from torch by .* allowed is {tolerance:.0e}"):
             export_onnx(sentences, tmp_path / "out", tolerance=tolerance, quantise=quantise)

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from eckart.hf.remote_code import export_dense, export_remote_code
 from eckart.hf.torchao import quantise_torchao
 from eckart.layers import QuantisedEmbedding, QuantisedLinear, describe, is_factored, quantise_layer
 from eckart.linalg import round_groups
+from fresh_python import TRANSFORMERS, run
 
 NAMES = pytest.mark.parametrize("name", list(MODELS))
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -176,7 +176,7 @@ def test_dequantize_and_dense_export(name, tmp_path):
 
 def foreign(path, cls: str, before: str = "sys.modules['eckart'] = None") -> subprocess.CompletedProcess[str]:
     code = f"import sys; {before}\nimport transformers as tf\ntf.{cls}.from_pretrained({str(path)!r})\nprint('LOADED')"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return run(code, loaded=TRANSFORMERS)
 
 
 def test_without_eckart_loading_fails(tmp_path):

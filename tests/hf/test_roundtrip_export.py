@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from eckart.errors import FileError, InputError
 from eckart.hf.registry import prepare_for_saving
 from eckart.hf.remote_code import export_dense, export_remote_code
 from eckart.layers import describe, is_factored
+from fresh_python import TRANSFORMERS, run
 
 
 def save(model, path):
@@ -76,21 +75,15 @@ model, info = getattr(tf, cls).from_pretrained(folder, trust_remote_code=True, o
 assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
 inputs = load_file(folder + "/../inputs.st")
 want = load_file(folder + "/../want.st")["out"]
-def run(m):
+def logits(m):
     with torch.no_grad():
         return getattr(m(**inputs), key)
-assert (run(model) - want).abs().max() < 1e-6, (run(model) - want).abs().max()
+assert (logits(model) - want).abs().max() < 1e-6, (logits(model) - want).abs().max()
 model.save_pretrained(again)
 twice = getattr(tf, cls).from_pretrained(again, trust_remote_code=True)
-assert (run(twice) - run(model)).abs().max() < 1e-6
+assert (logits(twice) - logits(model)).abs().max() < 1e-6
 print("EQUAL")
 """
-
-
-def isolated(code, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +114,7 @@ def test_remote_code_loads_without_eckart(name, cls, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization_config" not in config
     assert "eckart." not in (tmp_path / "out" / "modeling_factored.py").read_text()
-    done = isolated(LOAD, tmp_path / "out", cls, "logits", tmp_path / "again")
+    done = run(LOAD, tmp_path / "out", cls, "logits", tmp_path / "again")
     assert "EQUAL" in done.stdout, done.stderr
 
 
@@ -131,10 +124,11 @@ def test_remote_code_without_trust_fails(tmp_path):
     save(model, tmp_path / "in")
     export_remote_code(tmp_path / "in", tmp_path / "out")
     for cls in ("AutoModelForCausalLM", "LlamaForCausalLM"):
-        done = isolated(
+        done = run(
             "import sys, transformers as tf; sys.modules['eckart'] = None;"
             f"tf.{cls}.from_pretrained(sys.argv[1], trust_remote_code=False); print('LOADED')",
             tmp_path / "out",
+            loaded=TRANSFORMERS,
         )
         assert done.returncode != 0
         assert "LOADED" not in done.stdout

@@ -11,19 +11,21 @@ from safetensors.torch import save_file
 
 import eckart  # noqa: F401
 from eckart.hf.registry import prepare_for_saving
+from fresh_python import TRANSFORMERS, run
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
+def start(code: str) -> subprocess.CompletedProcess[str]:
+    """In a Python of its own, from its start."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
 def test_import_eckart_touches_neither_torch_nor_transformers():
-    done = run("import eckart, sys; assert not {'torch', 'transformers', 'scipy', 'numpy'} & set(sys.modules)")
+    done = start("import eckart, sys; assert not {'torch', 'transformers', 'scipy', 'numpy'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
 
 
 def test_lazy_names():
-    done = run(
+    done = start(
         "import eckart, sys\n"
         "assert set(eckart.__all__) <= set(dir(eckart))\n"
         "assert 'torch' not in sys.modules\n"
@@ -58,7 +60,8 @@ def folder(tmp_path_factory):
     ],
 )
 def test_both_orders_of_import(folder, imports):
-    done = run(
+    begin = start if imports == "import transformers as tf, eckart" else run
+    done = begin(
         f"{imports}\n"
         "import torch\n"
         "from safetensors.torch import load_file\n"
@@ -75,7 +78,8 @@ def load_without_eckart(path, cls="AutoModelForCausalLM"):
         "import sys; sys.modules['eckart'] = None\n"
         "import transformers as tf\n"
         f"tf.{cls}.from_pretrained({str(path)!r})\n"
-        "print('LOADED')"
+        "print('LOADED')",
+        loaded=TRANSFORMERS,
     )
 
 

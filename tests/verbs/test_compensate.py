@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from eckart.arch import find_sites, get_module
 from eckart.checkpoint import Manifest, inspect_folder
 from eckart.errors import BudgetError, FileError, InputError, MismatchError
 from eckart.linalg import round_groups
+from fresh_python import TRANSFORMERS, run
 
 tf = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -283,8 +282,8 @@ def test_without_eckart_nothing_differs(base, tmp_path):
         found = eckart.compensate(bad, good, data=DATA, rank=3)
         found.save(tmp_path / f"{name}-lora")
         save({"logits": logits(found.repaired().model).contiguous()}, tmp_path / f"{name}.safetensors")
-    run = subprocess.run([sys.executable, "-c", PLAIN, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert "ALL EQUAL" in run.stdout, run.stderr[-3000:]
+    ran = run(PLAIN, tmp_path, loaded=TRANSFORMERS)
+    assert "ALL EQUAL" in ran.stdout, ran.stderr[-3000:]
 
 
 FACTORED = """
@@ -312,10 +311,8 @@ def test_factored_layers_after_import_eckart_in_either_order(base, tmp_path):
     assert (logits(found.repaired().model) - want).norm() < (logits(made.model) - want).norm()
     for imports in ("import eckart", "import peft, eckart"):
         code = FACTORED.format(imports=imports)
-        run = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "small")], capture_output=True, text=True, check=False
-        )
-        assert "EQUAL" in run.stdout, run.stderr[-3000:]
+        ran = run(code, tmp_path / "small")
+        assert "EQUAL" in ran.stdout, ran.stderr[-3000:]
     assert inspect_folder(tmp_path / "small").kind == "eckart"
 
 
