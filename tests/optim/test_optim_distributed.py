@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from eckart.optim import Subspace
+from two_processes import two_processes
 
 PRESETS = sorted(cls.__name__ for cls in Subspace.__subclasses__())
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -29,8 +27,7 @@ ROUNDED = {"low bits": 0.1}
 """Blocks of 256 end where a part does, so that int8 rounds otherwise than in one process."""
 
 SCRIPT = """
-import faulthandler, json, sys, warnings
-faulthandler.dump_traceback_later(150, exit=True)
+import json, sys, warnings
 from pathlib import Path
 import torch, torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -165,19 +162,7 @@ dist.destroy_process_group()
 def ran(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found, case by case."""
     folder = tmp_path_factory.mktemp("optimizers")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    arguments = (str(folder), ",".join(CASES), json.dumps(OPTIONS), "DCTAdamW,Muon")
-    process = subprocess.run(
-        [*launch, str(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    two_processes(SCRIPT, folder, folder, ",".join(CASES), json.dumps(OPTIONS), "DCTAdamW,Muon")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
