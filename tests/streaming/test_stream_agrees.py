@@ -146,9 +146,10 @@ def test_what_stays_keeps_its_name_in_the_files(tmp_path):
 def test_numbers_in_few_bits(name, bits, tmp_path):
     folder = tiny(name, tmp_path / "model")
     model = load_model(folder).model
-    blocks = sum(p.nbytes for key, p in model.named_parameters() if re.search(r"\.\d+\.", key))
+    # Two blocks beside two that stay as they are.
+    blocks = sum(p.nbytes for key, p in model.named_parameters() if re.search(r"\.[03]\.", key))
     kept = model_size(model).bytes - int((0.7 if bits is None else 0.6) * blocks)
-    asked = {**ASKED, "bits": bits, "keep": None, "budget": Budget(bytes=kept)}
+    asked = {**ASKED, "bits": bits, "keep": None, "budget": Budget(bytes=kept), "exclude": ["*.1.*", "*.2.*"]}
     streamed = eckart.compress_stream(folder, tmp_path / "streamed", **asked)
     whole = in_memory(folder, **asked)
     eckart.save(whole, tmp_path / "whole")

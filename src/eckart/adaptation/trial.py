@@ -7,7 +7,7 @@ weights frozen and an adapter on every linear map, and judged on docstrings of m
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +132,8 @@ def _train(
 
 def _with(
     method: AdaptMethod, rank: int | None, options: Any, steps: int, seed: int, rate: float, sites: Sequence[Site]
-) -> Trial:
+) -> tuple[float, Callable[[], Trial]]:
+    """The training loss at one rate, and a function that judges what was trained."""
     base = dict(learned_problem().parameters)
     deltas = deltas_for(method, rank, options, seed, sites)
 
@@ -153,9 +154,18 @@ def _with(
 
     trained = list({id(p): p for d in deltas.values() for p in d.parameters()}.values())
     loss = _train(trained, predict, steps, rate, seed, after_step, penalty)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def judged() -> Trial:
         adapted = {name: value.detach() for name, value in weights().items()}
-    return Trial(_before(), held_out(predict), loss, sum(p.numel() for p in trained), adapted)
+        return Trial(_before(), held_out(predict), loss, sum(p.numel() for p in trained), adapted)
+
+    return loss, judged
+
+
+def _best(trials: Iterable[tuple[float, Callable[[], Trial]]]) -> Trial:
+    """The trial of the lowest training loss; the others are not judged."""
+    return min(trials, key=lambda trial: trial[0])[1]()
 
 
 def adapted(
@@ -171,8 +181,7 @@ def adapted(
     chosen = method.options() if options is None else options
     key = (method.name, method.delta, rank, repr(chosen), steps, seed, tuple(sites))
     if key not in _RUN:  # many claims compare with the same LoRA
-        trials = (_with(method, rank, chosen, steps, seed, rate, sites) for rate in RATES)
-        _RUN[key] = min(trials, key=lambda trial: trial.train)
+        _RUN[key] = _best(_with(method, rank, chosen, steps, seed, rate, sites) for rate in RATES)
     return _RUN[key]
 
 
@@ -207,5 +216,11 @@ def fine_tuned(steps: int = STEPS, seed: int = 0) -> Trial:
             return forward(base | own, contexts)
 
         loss = _train(list(own.values()), predict, steps, rate, seed, lambda step: None, lambda: torch.zeros(()))
-        trials.append(Trial(_before(), held_out(predict), loss, sum(p.numel() for p in own.values())))
-    return min(trials, key=lambda trial: trial.train)
+
+        def judged(
+            loss: float = loss, predict: Callable[[Tensor], Tensor] = predict, own: dict[str, Tensor] = own
+        ) -> Trial:
+            return Trial(_before(), held_out(predict), loss, sum(p.numel() for p in own.values()))
+
+        trials.append((loss, judged))
+    return _best(trials)

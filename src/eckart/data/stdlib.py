@@ -8,7 +8,9 @@ one part only, and no file has to be read to know.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import os
 import re
 import sysconfig
 import tokenize
@@ -26,6 +28,8 @@ _LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 )
 _GENERATED = ("encodings", "pydoc_data", "_sysconfigdata")
+_BLOCKS = frozenset({"body", "handlers", "orelse", "finalbody", "cases"})
+"""Fields of statements that hold statements."""
 _PER_FILE = 16
 _WORD = re.compile(r"\w+")
 
@@ -36,17 +40,26 @@ def library_files(part: str) -> list[tuple[str, Path]]:
     Raises FileError where the standard library does not lie in files.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for path in root.rglob("*.py"):
-        inside = path.relative_to(root)
-        if _LEFT_OUT.intersection(inside.parts) or inside.parts[0].startswith(_GENERATED):
-            continue
-        # Without leading underscores, so that a module and its private half stay together.
-        if part_of(inside.parts[0].removesuffix(".py").lstrip("_")) == part:
-            files.append((inside.as_posix(), path))
+    files = [(inside, root / inside) for inside in _modules(root) if _owner(inside.partition("/")[0]) == part]
     if not files:
         raise FileError(f"no Python files of the standard library under {root}. Give a .txt or .jsonl file.")
-    return sorted(files)
+    return files
+
+
+@functools.cache
+def _modules(root: Path) -> tuple[str, ...]:
+    """Paths below ``root``, sorted; found once per process, without a look into what is left out."""
+    found = []
+    for place, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        inside = Path(place).relative_to(root)
+        found += [(inside / name).as_posix() for name in names if name.endswith(".py")]
+    return tuple(sorted(path for path in found if not path.startswith(_GENERATED)))
+
+
+def _owner(top: str) -> str:
+    """The part of a top-level module; leading underscores do not count, so that its private half stays with it."""
+    return part_of(top.removesuffix(".py").lstrip("_"))
 
 
 def part_of(name: str) -> str:
@@ -86,9 +99,19 @@ def read_sources(part: str, limit: int | None, seed: int) -> list[str]:
     """
     files = library_files(part)
     Random(seed).shuffle(files)
-    foreign = {source_of(path) for other in PARTS if other != part for _, path in library_files(other)}
+    foreign = frozenset[bytes]().union(*(_digests(other) for other in PARTS if other != part))
     own = dict.fromkeys(source_of(path) for _, path in files)
-    return list(islice((text for text in own if text.strip() and text not in foreign), limit))
+    return list(islice((text for text in own if text.strip() and _digest(text) not in foreign), limit))
+
+
+@functools.cache
+def _digests(part: str) -> frozenset[bytes]:
+    """Of the contents of the files of a part, read once per process."""
+    return frozenset(_digest(source_of(path)) for _, path in library_files(part))
+
+
+def _digest(text: str) -> bytes:
+    return sha256(text.encode()).digest()
 
 
 def source_of(path: Path) -> str:
@@ -97,12 +120,26 @@ def source_of(path: Path) -> str:
         return file.read()
 
 
-def _sentences_of(path: Path, part: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_bytes())):
+@functools.cache
+def _sentences_of(path: Path, part: str) -> tuple[str, ...]:
+    """Those of a file that belong to the part; a file is parsed once per process."""
+    found = []
+    for node in _statements(ast.parse(path.read_bytes())):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(node, clean=False)
             if docstring:
-                yield from (t for t in sentences(inspect.cleandoc(docstring)) if part_of(_words(t)) == part)
+                found += [t for t in sentences(inspect.cleandoc(docstring)) if part_of(_words(t)) == part]
+    return tuple(found)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """What :func:`ast.walk` yields, in its order, without the expressions: no definition lies within one."""
+    todo: list[ast.AST] = [tree]
+    for node in todo:
+        yield node
+        for name in node._fields:
+            if name in _BLOCKS:
+                todo += getattr(node, name)
 
 
 def _words(text: str) -> str:

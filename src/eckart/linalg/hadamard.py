@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from scipy.linalg import hadamard
 from torch import Tensor
@@ -27,7 +29,12 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     shape, done = x.shape, 1
     while done < n:
         radix = min(RADIX, n // done)
-        H = torch.from_numpy(hadamard(radix)).to(x)
+        H = _factor(radix, x.dtype, x.device)
         x = x.reshape(-1, radix) @ H if done == 1 else H @ x.reshape(-1, radix, done)
         done *= radix
     return x.reshape(shape)
+
+
+@functools.lru_cache(maxsize=32)
+def _factor(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(hadamard(size)).to(device, dtype)

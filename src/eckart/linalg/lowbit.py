@@ -95,7 +95,7 @@ def _by_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or entries <= CACHED_ENTRIES:
         return [tensors]
     rows = max(1, CACHED_ENTRIES // max(T.shape[-1] for T in tensors))
-    return zip(*(T.reshape(-1, T.shape[-1]).split(rows) for T in tensors), strict=True)
+    return zip(*(torch.split(T.reshape(-1, T.shape[-1]), rows) for T in tensors), strict=True)
 
 
 def _pack_into(
