@@ -109,11 +109,11 @@ def _pack_into(
 ) -> None:
     n, top = X.shape[-1], _top(bits, signed)
     blocks = _blocks(X, block)
-    peaks = torch.linalg.vector_norm(blocks, float("inf"), -1, keepdim=True)
+    peaks = blocks.abs().amax(-1, keepdim=True)  # torch's norm for it takes ten times as long
     scales.copy_(peaks.squeeze(-1))
     inverse = torch.where(peaks < TINY, 0.0, 1 / peaks)  # 1/s of what is smaller overflows
-    share = blocks if signed else blocks * inverse
-    levels = blocks * (inverse * top) if signed else share.clamp_min(0).sqrt_().sqrt_().mul_(top)
+    share = blocks if signed else (blocks * inverse).clamp_min_(0)
+    levels = blocks * (inverse * top) if signed else share.sqrt().sqrt_().mul_(top)
     if generator is None:
         levels.round_()
     else:
@@ -121,7 +121,7 @@ def _pack_into(
         chance = levels - low if signed else (share - (low / top) ** 4) / (((low + 1) / top) ** 4 - (low / top) ** 4)
         levels = low + (torch.rand(levels.shape, generator=generator, device=X.device) < chance)
     if not signed:
-        levels = torch.where(share > 0, levels.clamp_(1, top), 0.0)
+        levels = levels.clamp_(1, top).mul_(share.sign_())
     whole = levels.flatten(-2)[..., :n]
     if bits == 8:
         codes.copy_(whole)
