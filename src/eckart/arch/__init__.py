@@ -6,6 +6,7 @@ from eckart.arch.matrices import check_finite, site_matrices, stored_weight
 from eckart.arch.modules import Block, find_blocks, get_module, set_module, site_module
 from eckart.arch.sites import find_sites, name_matches, skipped_sites
 from eckart.arch.size import model_size, site_size
+from eckart.arch.stream import Stream, find_stream
 from eckart.arch.units import MLP, Attention, Rows, Units, expand_kv, head_columns, head_rows, rotary_pairs
 
 __all__ = [
@@ -13,12 +14,14 @@ __all__ = [
     "Attention",
     "Block",
     "Rows",
+    "Stream",
     "Units",
     "check_finite",
     "expand_kv",
     "family_of",
     "find_blocks",
     "find_sites",
+    "find_stream",
     "find_units",
     "fingerprint",
     "get_module",

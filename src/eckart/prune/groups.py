@@ -1,4 +1,4 @@
-"""Coupled groups: weights of several layers that are one neuron or one head, and stay or go as one."""
+"""Coupled groups: weights of several layers that are one neuron, head or channel, and stay or go as one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from eckart.arch import Rows, find_units, get_module
+from eckart.arch import Rows, find_stream, find_units, get_module
 from eckart.arch.kinds import is_transformers_conv1d
 from eckart.errors import InputError, problems, unknown
 
@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True)
 class GroupSet:
-    """``count`` groups of the same make: the neurons of one MLP, the heads of one attention."""
+    """``count`` groups of the same make: the neurons of one MLP, the heads of one attention, the model's channels."""
 
     name: str
     count: int
@@ -86,15 +86,27 @@ def chained(model: nn.Module, first: str, second: str) -> GroupSet:
     return GroupSet(f"{first}→{second}", width, tuple(parts))
 
 
+KINDS = ("neurons", "heads", "residual")
+"""What :func:`find_groups` finds."""
+
+
 def find_groups(model: nn.Module, kinds: Sequence[str] = ("neurons",)) -> tuple[GroupSet, ...]:
     """The coupled groups of a transformers model whose family :func:`eckart.arch.find_units` knows.
 
-    ``kinds``: "neurons" of every MLP, "heads" of every attention: a head of keys and values with the query heads that
-    read it, and the columns of the output map that read those. Raises InputError for other kinds, and where nothing
-    is found; :func:`chained` makes sets for other networks.
+    ``kinds``: "neurons" of every MLP; "heads" of every attention: a head of keys and values with the query heads that
+    read it, and the columns of the output map that read those; "residual": the channels of the residual stream, each
+    with its entries of tables, norms and of all maps that read or write it (:func:`eckart.arch.find_stream`). A
+    channel overlaps every neuron and head, so take it alone. Raises InputError for other kinds, for a stream that is
+    not known, and where nothing is found; :func:`chained` makes sets for other networks.
     """
-    if strange := [kind for kind in kinds if kind not in ("neurons", "heads")]:
-        raise InputError(unknown("kind of groups", str(strange[0]), ("neurons", "heads")))
+    if strange := [kind for kind in kinds if kind not in KINDS]:
+        raise InputError(unknown("kind of groups", str(strange[0]), KINDS))
+    if "residual" in kinds:
+        if len(kinds) > 1:
+            raise InputError(f"residual channels overlap {' and '.join(kind for kind in kinds if kind != 'residual')}; "
+                             "take them alone.")  # fmt: skip
+        stream = find_stream(model)
+        return (GroupSet("residual", stream.width, tuple(Part(name, dim) for name, dim in stream.parameters)),)
     units = find_units(model)
     sets = []
     for mlp in units.mlps if "neurons" in kinds else ():
