@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -234,6 +235,7 @@ class Fresh:
     ) -> None:
         self.args = ["-c", code, *map(str, arguments)]
         self.returncode: int | None = None
+        self.started: subprocess.Popen[bytes] | None = None
         output = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, output, ignore_errors=True)
         self.out, self.err = (Path(output, name) for name in ("out", "err"))
@@ -241,13 +243,20 @@ class Fresh:
         self.err.touch()
         environment = dict(os.environ if env is None else env)
         folder = str(cwd or Path.cwd())
-        if os.environ.get("ECKART_FRESH") == "start":
-            with self.out.open("wb") as out, self.err.open("wb") as err:
-                self.started = subprocess.Popen(
-                    [sys.executable, *self.args], stdout=out, stderr=err, env=environment, cwd=folder
-                )
-            self.pid = self.started.pid
-            return
+        if os.environ.get("ECKART_FRESH") != "start":
+            try:
+                self._fork(code, environment, folder, loaded)
+                return
+            except RuntimeError as error:  # slower, but the same
+                warnings.warn(f"every Python is started from now on: {error}", stacklevel=3)
+                os.environ["ECKART_FRESH"] = "start"
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.started = subprocess.Popen(
+                [sys.executable, *self.args], stdout=out, stderr=err, env=environment, cwd=folder
+            )
+        self.pid = self.started.pid
+
+    def _fork(self, code: str, environment: Mapping[str, str], folder: str, loaded: tuple[str, ...]) -> None:
         self.server = _server(loaded)
         torch = sys.modules.get("torch")  # as many threads as here, as another start on this machine would have
         self.pid = self.server.ask(
@@ -263,7 +272,7 @@ class Fresh:
 
     def wait(self, timeout: float = 300) -> int:
         """The exit code; TimeoutExpired if it takes longer."""
-        if self.returncode is None and os.environ.get("ECKART_FRESH") == "start":
+        if self.returncode is None and self.started is not None:
             self.returncode = self.started.wait(timeout)
         elif self.returncode is None:
             self.returncode = self.server.ask(do="wait", pid=self.pid, seconds=timeout)

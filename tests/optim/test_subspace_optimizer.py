@@ -377,3 +377,15 @@ def test_a_role_of_convolutions_flattens_three_dimensions() -> None:
     p.grad = torch.randn(6, 4, 3)
     optimizer.step()
     assert optimizer.state[p]["momentum"].shape == (1, 6, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_largest_numbers_are_finite(dtype: torch.dtype) -> None:
+    p = torch.nn.Parameter(torch.zeros(3, 4, dtype=dtype))
+    optimizer = Subspace([p], 0.1, rule="sign", momentum=0.0, nonfinite="raise")
+    p.grad = torch.full_like(p, torch.finfo(dtype).max)
+    optimizer.step()
+    assert bool((p == -torch.tensor(0.1, dtype=dtype)).all())
+    p.grad[1, 1] = -float("inf")
+    with pytest.raises(NotFiniteError, match="1 of 1"):
+        optimizer.step()

@@ -320,13 +320,14 @@ class Subspace(torch.optim.Optimizer):
 
 def count_nonfinite(gradients: Sequence[Tensor]) -> int:
     """How many of them hold a NaN or an Inf: their largest magnitude, or on a CPU an extreme, is none or infinite."""
-    extremes: dict[torch.device, list[Tensor]] = {}
+    sound: dict[torch.device, list[Tensor]] = {}
     elsewhere = []
     for gradient in gradients:
         if gradient.device.type == "cpu":  # where torch's norm takes ten times as long
-            extremes.setdefault(gradient.device, []).append(torch.stack(torch.aminmax(gradient)).float())
+            extremes = torch.stack(torch.aminmax(gradient))
+            sound.setdefault(gradient.device, []).append(extremes.isfinite().all())
         else:
             elsewhere.append(gradient)
     for norm in torch._foreach_norm(elsewhere, math.inf) if elsewhere else []:
-        extremes.setdefault(norm.device, []).append(norm.float().view(1))
-    return sum(int((~torch.stack(found).isfinite().all(1)).sum()) for found in extremes.values())
+        sound.setdefault(norm.device, []).append(norm.isfinite())
+    return sum(int((~torch.stack(found)).sum()) for found in sound.values())
