@@ -42,3 +42,13 @@ def test_gradient_and_dtypes() -> None:
 def test_refuses(x: torch.Tensor) -> None:
     with pytest.raises(InputError, match="walsh_hadamard"):
         walsh_hadamard(x)
+
+
+def test_inference_before_leaves_nothing_behind() -> None:
+    x = torch.ones(4, dtype=torch.float16)  # of no other test, which could have left a good factor
+    with torch.inference_mode():
+        walsh_hadamard(x)
+    x.requires_grad_()
+    walsh_hadamard(x).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [8.0] * 4

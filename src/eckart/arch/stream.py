@@ -29,7 +29,6 @@ class Stream:
     parameters: tuple[tuple[str, int], ...]
     """(parameter name, its dimension of the channels): tables, norms, maps that read and maps that write, with the
     biases of the latter. Of tied parameters the first."""
-    family: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +107,16 @@ def find_stream(model: nn.Module) -> Stream:
         else:
             faults.append(f"{name} {tuple(parameter.shape)}: no fact says how it touches the stream")
             continue
-        if seen.setdefault(id(parameter), dim) != dim:
+        if id(parameter) not in seen:
+            found[name] = seen[id(parameter)] = dim
+        elif seen[id(parameter)] != dim:
             faults.append(f"{name} is tied, and has its channels elsewhere")
-        elif id(parameter) not in {id(model.get_parameter(other)) for other in found}:
-            found[name] = dim
     widths = {model.get_parameter(name).shape[dim] for name, dim in found.items()}
     if not faults and len(widths) != 1:
         faults.append(f"its parts are {sorted(widths)} wide")
     if faults:
         raise InputError(problems("the residual stream of this model is not known", faults))
-    return Stream(width=widths.pop(), parameters=tuple(found.items()), family=units.family)
+    return Stream(width=widths.pop(), parameters=tuple(found.items()))
 
 
 def _ends(name: str, ends: tuple[str, ...]) -> bool:

@@ -58,7 +58,8 @@ def _cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return dct_columns(n, torch.arange(n), dtype, device)
+    with torch.inference_mode(False):  # what is kept serves gradients later
+        return dct_columns(n, torch.arange(n), dtype, device)
 
 
 def _transform(X: Tensor, dim: int, inverse: bool, overwrite: bool = False) -> Tensor:

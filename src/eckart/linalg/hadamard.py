@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.linalg import hadamard
 from torch import Tensor
 
@@ -29,12 +31,14 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     shape, done = x.shape, 1
     while done < n:
         radix = min(RADIX, n // done)
-        H = _factor(radix, x.dtype, x.device)
+        H = torch.from_numpy(_factor(radix)).to(x)
         x = x.reshape(-1, radix) @ H if done == 1 else H @ x.reshape(-1, radix, done)
         done *= radix
     return x.reshape(shape)
 
 
-@functools.lru_cache(maxsize=32)
-def _factor(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.from_numpy(hadamard(size)).to(device, dtype)
+@functools.cache
+def _factor(size: int) -> NDArray[np.int64]:
+    """An array: a tensor that is kept would remember the mode in which it was made."""
+    found: NDArray[np.int64] = hadamard(size)
+    return found

@@ -12,6 +12,7 @@ from eckart.errors import InputError
 
 TINY = torch.finfo(torch.float32).tiny
 CACHED_ENTRIES = 2**16
+"""Numbers that are worked on at a time on a CPU, so that they stay in its cache."""
 
 
 def pack(

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CACHED_ENTRIES = 2**16
-"""How many numbers a pass over a few rows of memory takes at once."""
+from eckart.linalg.lowbit import CACHED_ENTRIES
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def one_shot(
         _check_moments(sites, moments, method, chosen)
     maps = _maps(model, sites, moments)
     shares = _shares(maps, share, chosen)
-    pruned = _METHODS[method](maps, share, shares, rule, chosen, progress)
+    pruned = _METHODS[method](_Task(maps, share, shares, rule, chosen, progress))
     done: dict[str, _Result] = {}
     for index, (name, each) in enumerate(maps.items()):
         progress("refit", index, len(maps))
@@ -387,66 +387,59 @@ def _shares(maps: Mapping[str, _Map], keep: float, allocation: str) -> dict[str,
 _Pruned = dict[str, tuple[Tensor, Tensor]]
 
 
-def _by_kfac(
-    maps: Mapping[str, _Map],
-    keep: float,
-    shares: Mapping[str, float],
-    rule: Pattern,
-    allocation: str,
-    progress: Progress,
-) -> _Pruned:
-    costs = {name: each.cost for name, each in maps.items()}
-    if isinstance(rule, NofM):
-        return prune_kfac(costs, None, rule, progress=progress)
-    if allocation != "loss":
-        return prune_kfac(costs, None, rule, shares=shares, progress=progress)
-    if rule.local:
-        return prune_kfac(costs, None, rule, shares=loss_shares(costs, keep), progress=progress)
-    return prune_kfac(costs, keep, rule, progress=progress)
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """All maps, and what is asked of them together."""
+
+    maps: Mapping[str, _Map]
+    keep: float
+    given: Mapping[str, float]
+    """Shares by map, where the loss does not decide."""
+    rule: Pattern
+    allocation: str
+    progress: Progress
+
+    @property
+    def costs(self) -> dict[str, CostMap]:
+        return {name: each.cost for name, each in self.maps.items()}
+
+    def shares(self) -> Mapping[str, float]:
+        return loss_shares(self.costs, self.keep) if self.allocation == "loss" else self.given
 
 
-def _map_by_map(prune_one: Callable[[_Map, float, Pattern], tuple[Tensor, Tensor]]) -> Callable[..., _Pruned]:
-    def prune(
-        maps: Mapping[str, _Map],
-        keep: float,
-        shares: Mapping[str, float],
-        rule: Pattern,
-        allocation: str,
-        progress: Progress,
-    ) -> _Pruned:
-        if allocation == "loss":
-            shares = loss_shares({name: each.cost for name, each in maps.items()}, keep)
-        found = {}
-        for index, (name, each) in enumerate(maps.items()):
-            progress("prune", index, len(maps))
-            found[name] = prune_one(each, shares[name], rule)
+def _by_kfac(task: _Task) -> _Pruned:
+    if isinstance(task.rule, NofM):
+        return prune_kfac(task.costs, None, task.rule, progress=task.progress)
+    if task.allocation == "loss" and not task.rule.local:
+        return prune_kfac(task.costs, task.keep, task.rule, progress=task.progress)
+    return prune_kfac(task.costs, None, task.rule, shares=task.shares(), progress=task.progress)
+
+
+def _map_by_map(prune_one: Callable[[_Map, float, Pattern], tuple[Tensor, Tensor]]) -> Callable[[_Task], _Pruned]:
+    def prune(task: _Task) -> _Pruned:
+        shares, found = task.shares(), {}
+        for index, (name, each) in enumerate(task.maps.items()):
+            task.progress("prune", index, len(task.maps))
+            found[name] = prune_one(each, shares[name], task.rule)
         return found
 
     return prune
 
 
-def _by_scores(score: Callable[[_Map], Tensor]) -> Callable[..., _Pruned]:
-    def prune(
-        maps: Mapping[str, _Map],
-        keep: float,
-        shares: Mapping[str, float],
-        rule: Pattern,
-        allocation: str,
-        progress: Progress,
-    ) -> _Pruned:
-        scores = {name: score(each) for name, each in maps.items()}
-        if allocation == "global":
-            masks = global_masks(scores, keep, rule)
+def _by_scores(score: Callable[[_Map], Tensor]) -> Callable[[_Task], _Pruned]:
+    def prune(task: _Task) -> _Pruned:
+        scores = {name: score(each) for name, each in task.maps.items()}
+        if task.allocation == "global":
+            masks = global_masks(scores, task.keep, task.rule)
         else:
-            if allocation == "loss":
-                shares = loss_shares({name: each.cost for name, each in maps.items()}, keep)
-            masks = {name: rule.mask(s, shares[name]) for name, s in scores.items()}
-        return {name: (torch.where(mask, maps[name].weight, 0), mask) for name, mask in masks.items()}
+            shares = task.shares()
+            masks = {name: task.rule.mask(s, shares[name]) for name, s in scores.items()}
+        return {name: (torch.where(mask, task.maps[name].weight, 0), mask) for name, mask in masks.items()}
 
     return prune
 
 
-_METHODS: dict[str, Callable[..., _Pruned]] = {
+_METHODS: dict[str, Callable[[_Task], _Pruned]] = {
     "kfac": _by_kfac,
     "alps": _map_by_map(lambda m, share, rule: alps(m.weight, m.cost.second, share, rule, gradient=m.gradient)),
     "sparsegpt": _map_by_map(lambda m, share, rule: sparsegpt(m.weight, _raw(m), share, rule)),
